@@ -1,0 +1,119 @@
+"""The public function of an op: real signature, and 1 to 2 microseconds from the caller to `run`.
+
+The first call of a kind goes the long way, through Op.choose, and leaves an Entry behind: what was chosen, and a guard
+that recognises the same kind of call.  A kind is: settings, backend, options, which optional arrays are None, and each
+array's dtype, shape, strides and device.  A key of all that built in Python costs 3 us for paged_attention; torch's own
+TensorGuards compare the arrays in C++ in 0.8 us.  The function is generated, as dataclasses are, because a loop over
+*args and **options would cost more than the rest.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from llmkernels import ledger
+from llmkernels.settings import ASKED, current
+
+LIMIT = 64  # kinds of call remembered for one key; an engine's growing sequences would otherwise grow a list for ever
+
+SOURCE = """
+def {name}{signature}:
+    if compiling():
+        return traced({forward})
+    try:
+        plain = {plain}
+        key = (asked(), backend, {key})
+        entries = memo.get(key, ())
+    except (AttributeError, TypeError):  # an option that cannot be hashed, or no array where one is due
+        key, entries = None, ()
+    for guard, tally, check, run in entries:
+        if guard({required}) if plain else guard({arrays}):
+            tally.calls += 1
+            if check is not None:
+                check(dict({call}))
+            return run({forward})
+    return first(dict({call}), backend, key)({forward})
+"""
+
+
+def function_for(op: Any) -> Callable:
+    """The public function of `op`, with the reference's signature and docstring and a keyword-only `backend`."""
+    contract = op.contract
+    parameters = list(contract.signature.parameters.values())
+    inputs = {p.name: contract.shapes.inputs[p.name] for p in parameters if p.name in contract.shapes.inputs}
+    arrays = {name: name for name in inputs}  # argument -> the expression of the tensor that the guard sees
+    key = [f"{parameters[0].name}.shape", *(p.name for p in parameters if p.name not in inputs)]
+    for name, pattern in inputs.items():
+        if "quantized" in pattern.dtypes:  # maybe a QuantizedWeight: its signature says all that its kind depends on
+            key.append(f"getattr({name}, 'signature', None)")
+            arrays[name] = f"(getattr({name}, 'signature', None) and {name}.values or {name})"
+        if pattern.optional:
+            arrays[name] = f"*(() if {name} is None else ({name},))"
+    absent = [f"{name} is None" for name, pattern in inputs.items() if pattern.optional]
+    key.append(f"plain or ({', '.join(absent)},)" if absent else "plain")
+    memo: dict[Any, list[tuple]] = {}
+
+    def first(call: dict[str, Any], backend: str | None, key: Any) -> Callable:
+        """The long way: choose, remember, and hand back what runs."""
+        choice = op.choose(call, backend)
+        tally = ledger.tally(op.name, choice.backend, choice.why)
+        tally.calls += 1
+        settings = current()
+        run = ledger.noted(contract, settings.recorder, choice.run) if settings.recorder else choice.run
+        guard = _guard([call[name] for name in inputs if call[name] is not None])
+        if guard and key is not None:
+            names["compiling"] = sys.modules["torch"].compiler.is_compiling
+            entries = memo.setdefault(key, [])
+            entries.insert(0, (guard, tally, op.checks(call, settings), run))
+            del entries[LIMIT:]
+        return run
+
+    backend = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = contract.signature.replace(parameters=[*parameters, backend])
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    source = SOURCE.format(
+        name=op.name,
+        signature=inspect.Signature(bare),
+        forward=", ".join(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters),
+        call=", ".join(f"{p.name}={p.name}" for p in parameters),
+        key=", ".join(key),
+        arrays=", ".join(arrays.values()),
+        required=", ".join(arrays[name] for name, pattern in inputs.items() if not pattern.optional),
+        plain=" and ".join(absent) or "True",
+    )
+    names = {"asked": ASKED.get, "memo": memo, "first": first, "compiling": compiling, "traced": _traced(op.name)}
+    exec(compile(source, f"<llmkernels.{op.name}>", "exec"), names)
+    function: Any = names[op.name]
+    function.__doc__, function.__module__ = contract.reference.__doc__, contract.reference.__module__
+    function.__signature__ = signature
+    function.forget = memo.clear
+    return function
+
+
+def compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing this call; then it becomes a torch.ops.llmkernels node."""
+    return "torch" in sys.modules and sys.modules["torch"].compiler.is_compiling()
+
+
+def _traced(name: str) -> Callable:
+    def traced(*args: Any, **options: Any) -> Any:
+        return import_module("llmkernels.torch_library").call(name, *args, **options)
+
+    return traced
+
+
+def _guard(arrays: list[Any]) -> Callable | None:
+    """A function that tells whether arrays are of the same kind as these; None where that takes the long way."""
+    torch = sys.modules.get("torch")
+    tensors = [a.values if hasattr(a, "scheme") else a for a in arrays]
+    if not torch or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors):
+        return None
+    return _tensor_guard(tensors)
+
+
+def _tensor_guard(tensors: list[Any]) -> Callable:
+    from torch._C._dynamo.guards import TensorGuards  # private, but in every torch since 2.0; tests watch what it tells
+
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
