@@ -21,7 +21,9 @@ def family(op: str, call: Mapping[str, Any]) -> str:
             owners.setdefault(FAMILIES.get(type(array).__module__.partition(".")[0], _torch_or_unknown(array)), name)
             places.setdefault(str(getattr(array, "device", "cpu")), name)
     if len(owners) > 1:
-        raise ValueError(f"{op}: {' but '.join(f'{n} is a {o} array' for o, n in owners.items())}; pass arrays of one library")
+        raise ValueError(
+            f"{op}: {' but '.join(f'{n} is a {o} array' for o, n in owners.items())}; pass arrays of one library"
+        )
     if len(places) > 1:
         raise ValueError(f"{op}: {' but '.join(f'{n} is on {p}' for p, n in places.items())}; put them on one device")
     return next(iter(owners), "torch")

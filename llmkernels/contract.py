@@ -52,6 +52,14 @@ class View:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """An input too large to fill: only these rows of its first axis are ever written, the rest is untouched memory."""
+
+    shape: tuple[int, ...]
+    rows: Mapping[int, Any]
+
+
+@dataclass(frozen=True)
 class Contract:
     """See `op` in llmkernels/registry.py for what each field says."""
 

@@ -62,7 +62,9 @@ def backends() -> dict[str, str]:
     plugins = {point.name: point.value for point in entry_points(group="llmkernels.backends")}
     for name in plugins:
         if name in house or name == REFERENCE:
-            raise ValueError(f"the plug-in {plugins[name]} calls itself {name!r}, which is taken; rename its entry point")
+            raise ValueError(
+                f"the plug-in {plugins[name]} calls itself {name!r}, which is taken; rename its entry point"
+            )
     return plugins | house
 
 

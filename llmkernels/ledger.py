@@ -51,7 +51,7 @@ def reset() -> None:
 
 
 class Recorder:
-    """Counts each distinct call, in the order they first came: op, arrays' dtypes, shapes, strides; options; lengths."""
+    """Counts each distinct call, in the order they came: op; arrays' dtypes, shapes, strides; options; lengths."""
 
     def __init__(self) -> None:
         self.calls: dict[str, dict[str, Any]] = {}

@@ -36,7 +36,13 @@ REFERENCE_TRAITS = {"deterministic": True, "accumulate": "float32"}
 
 
 def op(
-    shapes: str, *, dtypes: Mapping[str, Iterable[str]], cases: Iterable[Case], inputs: Callable, cost: Callable, **rules: Any
+    shapes: str,
+    *,
+    dtypes: Mapping[str, Iterable[str]],
+    cases: Iterable[Case],
+    inputs: Callable,
+    cost: Callable,
+    **rules: Any,
 ) -> Callable[[Callable], Callable]:
     """Make a reference function an op, and the public function that dispatches it.
 
@@ -172,7 +178,9 @@ class Op:
         self.contract.validate(call)
         owner = family(self.name, call)
         if owner == "torch" and (names := [name for name, value in call.items() if _wants_gradient(value)]):
-            raise ValueError(f"{self.name}: {names[0]} requires a gradient; kernels are for inference: use torch.no_grad()")
+            raise ValueError(
+                f"{self.name}: {names[0]} requires a gradient; kernels are for inference: use torch.no_grad()"
+            )
         if owner == "jax" and (written := [p.name for p in self.contract.shapes.inputs.values() if p.mutated]):
             raise ValueError(
                 f"{self.name}: writes {' and '.join(written)} in place, and jax arrays are immutable; "
@@ -243,7 +251,9 @@ def describe(value: Any) -> str:
 def _check_environment(settings: Settings) -> None:
     for name in settings.per_op:
         if name not in OPS:
-            raise ValueError(f"LLMKERNELS_{name.upper()} is set, but {name!r} is not an op; the ops are {', '.join(sorted(OPS))}")
+            raise ValueError(
+                f"LLMKERNELS_{name.upper()} is set, but {name!r} is not an op; the ops are {', '.join(sorted(OPS))}"
+            )
 
 
 def _wants_gradient(value: Any) -> bool:

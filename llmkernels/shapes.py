@@ -62,9 +62,13 @@ class Shapes:
                     raise ValueError(f"{op}: {name} is missing; the contract is {pattern}")
                 continue
             if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-                raise ValueError(f"{op}: {name} is {array!r:.80}, of type {type(array).__name__}; pass an array, {pattern}")
+                raise ValueError(
+                    f"{op}: {name} is {array!r:.80}, of type {type(array).__name__}; pass an array, {pattern}"
+                )
             if not self._bind_dtype(dtype_name(array), pattern, sizes):
-                raise ValueError(f"{op}: {name} is {dtype_name(array)}; the contract says {self._allowed(pattern, sizes)}")
+                raise ValueError(
+                    f"{op}: {name} is {dtype_name(array)}; the contract says {self._allowed(pattern, sizes)}"
+                )
             if not _bind(tuple(array.shape), pattern.dims, sizes):
                 known = ", ".join(f"{d}={sizes[d.strip('*')]}" for d in pattern.dims if d.strip("*") in sizes)
                 raise ValueError(

@@ -5,6 +5,8 @@ included, in pages that a block table names.  One new token is decode, many are 
 tree mask are speculative verification; a batch may mix them all.
 """
 
+from itertools import pairwise
+
 import torch
 
 from llmkernels.contract import FLOATS, Cost
@@ -16,56 +18,84 @@ from llmkernels.registry import op
 def check(call, sizes):
     heads, kv_heads = sizes["heads"], sizes["kv_heads"]
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"paged_attention: heads={heads} is not a multiple of kv_heads={kv_heads}; each KV head serves heads/kv_heads queries")
+        raise ValueError(
+            f"paged_attention: heads={heads} is not a multiple of kv_heads={kv_heads}; repeat or drop heads until it is"
+        )
     quantized = sizes["C"] != sizes["T"]
     if quantized and sizes["C"] in FLOATS:
-        raise ValueError(f"paged_attention: the caches are {sizes['C']} and q is {sizes['T']}; cast one, or quantize the caches to int8 or FP8")
+        raise ValueError(
+            f"paged_attention: the caches are {sizes['C']} and q is {sizes['T']}; cast one, or use int8 or FP8 caches"
+        )
     for name in ("k_scale", "v_scale"):
         if (given := call[name]) is not None:
             if not quantized:
-                raise ValueError(f"paged_attention: {name} is for int8 and FP8 caches; these are {sizes['C']}: leave it out")
+                raise ValueError(
+                    f"paged_attention: {name} is for int8 and FP8 caches; these are {sizes['C']}: leave it out"
+                )
             if tuple(given.shape) not in ((), (1,), (kv_heads,)):
-                raise ValueError(f"paged_attention: {name} has shape {tuple(given.shape)}; give one value, or one for each of kv_heads={kv_heads}")
+                raise ValueError(
+                    f"paged_attention: {name} has shape {tuple(given.shape)}; give one value or kv_heads={kv_heads} values"
+                )
     left, right = call["window"]
     if left < -1 or right < -1:
-        raise ValueError(f"paged_attention: window is {(left, right)}; each side is a number of keys, or -1 for no limit")
+        raise ValueError(
+            f"paged_attention: window is {(left, right)}; each side is a number of keys, or -1 for no limit"
+        )
     if not call["soft_cap"] >= 0:
         raise ValueError(f"paged_attention: soft_cap is {call['soft_cap']}; give a positive bound, or 0 for none")
     if call["tree_mask"] is not None:
         for name, off in (("window", (-1, -1)), ("alibi_slopes", None)):
             if (tuple(call[name]) if name == "window" else call[name]) != off:
-                raise ValueError(f"paged_attention: tree_mask with {name}: the position of a tree's token is not its row; leave one out")
+                raise ValueError(
+                    f"paged_attention: tree_mask with {name}: a tree's token does not stand at its row; leave one out"
+                )
         if not call["causal"]:
-            raise ValueError("paged_attention: tree_mask with causal=False: the mask says which new tokens are seen; leave causal on")
+            raise ValueError(
+                "paged_attention: tree_mask with causal=False: the mask replaces causal already; leave causal on"
+            )
 
 
 def check_values(call):
     """The block table and the lengths, read on the host."""
     table, starts, lengths = call["block_table"], call["cu_seqlens_q"].tolist(), call["seq_lens"].tolist()
     pages, page_size, tokens = call["k_cache"].shape[0], call["k_cache"].shape[1], call["q"].shape[0]
-    if starts[0] != 0 or starts[-1] != tokens or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
+    if starts[0] != 0 or starts[-1] != tokens or any(a > b for a, b in pairwise(starts)):
         raise ValueError(f"paged_attention: cu_seqlens_q is {starts}; it must rise from 0 to tokens={tokens}")
     for s, (new, length) in enumerate(zip(new_tokens(starts), lengths, strict=True)):
         if length < 0 or length > table.shape[1] * page_size:
-            raise ValueError(f"paged_attention: seq_lens[{s}] is {length}; block_table has room for {table.shape[1]} pages of {page_size}")
+            raise ValueError(
+                f"paged_attention: seq_lens[{s}] is {length}; block_table has room for "
+                f"{table.shape[1]} pages of {page_size}"
+            )
         if length and length < new:
-            raise ValueError(f"paged_attention: seq_lens[{s}] is {length}, but the sequence has {new} new tokens, which count as keys too")
+            raise ValueError(
+                f"paged_attention: seq_lens[{s}] is {length}, but the sequence has {new} new tokens, which are keys too"
+            )
         first, last = live_pages(length, new, page_size, call["window"][0])
         if length and new:
             ids = table[s, first:last]
             if int(ids.min()) < 0 or int(ids.max()) >= pages:
                 at = first + int(((ids < 0) | (ids >= pages)).nonzero()[0])
-                raise ValueError(f"paged_attention: block_table[{s}, {at}] is {int(table[s, at])}; the cache has pages 0 to {pages - 1}")
-    for name, longest in (("max_seqlen_q", max(new_tokens(starts), default=0)), ("max_seqlen_k", max(lengths, default=0))):
+                raise ValueError(
+                    f"paged_attention: block_table[{s}, {at}] is {int(table[s, at])}; "
+                    f"the cache has pages 0 to {pages - 1}"
+                )
+    for name, longest in (
+        ("max_seqlen_q", max(new_tokens(starts), default=0)),
+        ("max_seqlen_k", max(lengths, default=0)),
+    ):
         if call[name] is not None and call[name] < longest:
             raise ValueError(f"paged_attention: {name} is {call[name]}; the longest is {longest}")
     if call["tree_mask"] is not None and call["tree_mask"].shape[1] * 32 < max(new_tokens(starts), default=0):
-        raise ValueError(f"paged_attention: tree_mask has {call['tree_mask'].shape[1]} words; 32 new tokens a word, and a sequence has {max(new_tokens(starts))}")
+        raise ValueError(
+            f"paged_attention: tree_mask has {call['tree_mask'].shape[1]} words of 32 new tokens; "
+            f"a sequence has {max(new_tokens(starts))}"
+        )
 
 
 def new_tokens(starts):
     """How many queries each sequence has."""
-    return [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    return [b - a for a, b in pairwise(starts)]
 
 
 def live_pages(length, new, page_size, left):
@@ -171,9 +201,9 @@ def paged_attention(
         max_seqlen_q, max_seqlen_k: host-side upper bounds, which spare a backend a look at the lengths.
 
     Returns:
-        out in the dtype of q; with return_lse also lse, natural log, float32, sink included.  A row that may see no key,
-        and every row of a sequence of length 0, gives zeros and -inf (with sinks: the sink's logit).  Sums are float32;
-        the one rounding is the store.
+        out in the dtype of q; with return_lse also lse, natural log, float32, sink included.  A row that may see no
+        key, like every row of a sequence of length 0, gives zeros and -inf (with sinks: the sink's logit).  Sums are
+        float32; the one rounding is the store.
     """
     kv_heads, page_size = k_cache.shape[2], k_cache.shape[1]
     tokens, heads, dim = q.shape
@@ -183,7 +213,7 @@ def paged_attention(
     if sinks is not None:
         lse[:] = sinks.to(lse.dtype)
     starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
-    for s, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
+    for s, (begin, end, length) in enumerate(zip(starts[:-1], starts[1:], lengths, strict=True)):
         new = end - begin
         if not new or not length:
             continue
@@ -197,7 +227,10 @@ def paged_attention(
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         if alibi_slopes is not None:
-            distance = torch.arange(span.start, length, device=q.device) - torch.arange(length - new, length, device=q.device)[:, None]
+            distance = (
+                torch.arange(span.start, length, device=q.device)
+                - torch.arange(length - new, length, device=q.device)[:, None]
+            )
             scores = scores + alibi_slopes.to(out.dtype).view(kv_heads, -1, 1, 1) * distance
         seen = visible(new, length, causal, window, q.device)[:, span]
         if tree_mask is not None:

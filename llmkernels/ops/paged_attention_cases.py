@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llmkernels.contract import Case, View
+from llmkernels.contract import Case, Sparse, View
 
 DECODE = {"new": (1, 1, 1), "lengths": (17, 33, 5)}
 PREFILL = {"new": (9, 32), "lengths": (9, 32)}
@@ -90,7 +90,12 @@ def _nhd(arrays, kv_heads, dim):
 
 def _hnd(arrays, kv_heads, dim):
     k, v = (arrays[n].transpose(0, 2, 1, 3) for n in ("k_cache", "v_cache"))
-    return arrays | {"_k": k, "_v": v, "k_cache": View("_k", axes=(0, 2, 1, 3)), "v_cache": View("_v", axes=(0, 2, 1, 3))}
+    return arrays | {
+        "_k": k,
+        "_v": v,
+        "k_cache": View("_k", axes=(0, 2, 1, 3)),
+        "v_cache": View("_v", axes=(0, 2, 1, 3)),
+    }
 
 
 def _packed(arrays, kv_heads, dim):
@@ -117,7 +122,27 @@ def _strided_q(arrays, kv_heads, dim):
     return arrays | {"_qkv": np.concatenate([q, rest], 1), "q": View("_qkv", (slice(None), slice(0, q.shape[1])))}
 
 
-LAYOUTS = {"NHD": _nhd, "HND": _hnd, "packed": _packed, "packed_last": _packed_last, "MLA": _mla, "strided_q": _strided_q}
+def _huge(arrays, kv_heads, dim):
+    """The same pages at the far end of a pool of more than 2^31 elements."""
+    pages, page_size = arrays["k_cache"].shape[:2]
+    shape = (2**31 // (page_size * kv_heads * dim) + pages, page_size, kv_heads, dim)
+    shift = shape[0] - pages
+    table = arrays["block_table"]
+    rows = {n: Sparse(shape, {shift + p: arrays[n][p] for p in range(pages)}) for n in ("k_cache", "v_cache")}
+    return (
+        arrays | rows | {"block_table": np.where((table >= 0) & (table < pages), table + shift, table).astype(np.int32)}
+    )
+
+
+LAYOUTS = {
+    "NHD": _nhd,
+    "HND": _hnd,
+    "packed": _packed,
+    "packed_last": _packed_last,
+    "MLA": _mla,
+    "strided_q": _strided_q,
+    "huge": _huge,
+}
 
 
 def _set(name, index, value):
@@ -175,11 +200,14 @@ CASES = [
     _case("with bounds", MIXED, max_seqlen_q=64, max_seqlen_k=128),
     *(_case(f"dim {dim}", MIXED, True, dim=dim) for dim in (72, 80, 96, 128, 136, 256)),
     *(_case(f"page size {size}", MIXED, True, page_size=size) for size in (1, 3, 64, 256)),
+    _case("pool beyond 2^31 elements", MIXED, True, layout="huge", C="int8", scales="tensor"),
     _case("narrow table", MIXED, True, wide_table=0),
     _case("odd table", DECODE, True, wide_table=5),
     _case("padding sequences", {"new": (1, 1, 2, 0), "lengths": (9, 0, 0, 12)}, True, return_lse=True),
     _case("padding and sinks", {"new": (1, 1), "lengths": (9, 0)}, True, sinks=True, return_lse=True),
-    _case("rows that see nothing", {"new": (4,), "lengths": (20,)}, True, causal=False, window=(-1, -1), return_lse=True),
+    _case(
+        "rows that see nothing", {"new": (4,), "lengths": (20,)}, True, causal=False, window=(-1, -1), return_lse=True
+    ),
     _case("no tokens", {"new": (0, 0), "lengths": (0, 7)}, True, return_lse=True),
     _case("no sequences", {"new": (), "lengths": ()}, True),
     _case("whole pages", {"new": (1, 16, 17), "lengths": (16, 32, 33)}, True),
