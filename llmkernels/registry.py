@@ -155,7 +155,7 @@ class Op:
     def bind(self, *args: Any, backend: str | None = None, **options: Any) -> Callable:
         """The function that answers this call, for hot loops.
 
-        Hold on to it while shapes, dtypes, layouts and options stay the same: it checks nothing and counts nothing again.
+        Hold on to it while shapes, dtypes, layouts and options stay the same: it neither checks nor counts again.
         """
         choice = self.choose(self.contract.bind(*args, **options), backend)
         ledger.tally(self.name, choice.backend, "bound").calls += 1
@@ -179,7 +179,7 @@ class Op:
         owner = family(self.name, call)
         if owner == "torch" and (names := [name for name, value in call.items() if _wants_gradient(value)]):
             raise ValueError(
-                f"{self.name}: {names[0]} requires a gradient; kernels are for inference: use torch.no_grad()"
+                f"{self.name}: {names[0]} requires a gradient; kernels only infer: use torch.no_grad()"
             )
         if owner == "jax" and (written := [p.name for p in self.contract.shapes.inputs.values() if p.mutated]):
             raise ValueError(

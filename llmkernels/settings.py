@@ -62,11 +62,29 @@ def use(backend: str | None = None, **wishes: Any) -> Iterator[Settings]:
         wishes["require"] = dict.fromkeys([require] if isinstance(require, str) else require, True)
     if backend is not None:
         wishes |= {"backend": backend, "per_op": {}}
-    token = ASKED.set(replace(current(), **wishes))
+    token = ASKED.set(_same(replace(current(), **wishes)))
     try:
         yield current()
     finally:
         ASKED.reset(token)
+
+
+_KNOWN: dict[tuple, Settings] = {}
+
+
+def _same(wanted: Settings) -> Settings:
+    """One object for equal settings, so that a block entered again finds what its calls were answered with before."""
+    if wanted.recorder is not None:
+        return wanted
+    key = (
+        wanted.backend,
+        wanted.policy,
+        wanted.verify,
+        wanted.checked,
+        *wanted.require.items(),
+        *wanted.per_op.items(),
+    )
+    return _KNOWN.setdefault(key, wanted)
 
 
 def current() -> Settings:

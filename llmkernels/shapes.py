@@ -10,7 +10,7 @@ the tests, the benchmarks, the docs.
     x?[...]         the argument may be None; as an output: returned only when the call asks for it
     x![...]         written in place
     x[...]:T        dtype variable T, bound by its first use to one of the dtypes the contract lists for it
-    x[...]:a|b      dtype a or dtype b; `quantized` stands for a QuantizedWeight, whose shape is that of the dense weight
+    x[...]:a|b      dtype a or dtype b; `quantized` is a QuantizedWeight, whose shape is that of the dense weight
 """
 
 import re

@@ -34,7 +34,7 @@ def check(call, sizes):
                 )
             if tuple(given.shape) not in ((), (1,), (kv_heads,)):
                 raise ValueError(
-                    f"paged_attention: {name} has shape {tuple(given.shape)}; give one value or kv_heads={kv_heads} values"
+                    f"paged_attention: {name} has shape {tuple(given.shape)}; give 1 value or kv_heads={kv_heads}"
                 )
     left, right = call["window"]
     if left < -1 or right < -1:
