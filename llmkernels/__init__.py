@@ -7,7 +7,7 @@
 Nothing heavy is imported before it is asked for.
 """
 
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,13 @@ if TYPE_CHECKING:
     from llmkernels import torch_library as torch_library
     from llmkernels.discovery import Refusal as Refusal
     from llmkernels.discovery import Unsupported as Unsupported
+    from llmkernels.ops.merge_attention import merge_attention as merge_attention
     from llmkernels.ops.paged_attention import paged_attention as paged_attention
     from llmkernels.ops.rms_norm import rms_norm as rms_norm
+    from llmkernels.ops.rotary_embedding import rotary_embedding as rotary_embedding
+    from llmkernels.ops.sample import sample as sample
+    from llmkernels.ops.silu_and_mul import silu_and_mul as silu_and_mul
+    from llmkernels.ops.write_kv import write_kv as write_kv
     from llmkernels.registry import bind as bind
     from llmkernels.registry import explain as explain
     from llmkernels.settings import use as use
@@ -37,11 +42,11 @@ _PLACE = {
     "explain": "registry",
     "use": "settings",
 }
-_MODULES = ("jax_api", "ledger", "testing", "torch_library")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    # `from llmkernels import ledger` asks here first
+    if not name.startswith("_") and util.find_spec(f"llmkernels.{name}"):
         return import_module(f"llmkernels.{name}")
     if name in _PLACE:
         value = getattr(import_module(f"llmkernels.{_PLACE[name]}"), name)

@@ -1,0 +1,149 @@
+"""What is known to work where: op x backend x dtype, from recorded runs only.
+
+A record is one line of llmkernels/evidence/*.json, written by `llmkernels conformance --record FILE` on the machine
+where it ran, or by the compile checks.  Nothing here is typed in by hand: a row without a record says so.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from llmkernels import discovery
+
+FOLDER = Path(__file__).parent / "evidence"
+MODES = ("ran", "emulated", "compiled")  # the strongest first
+KEY = ("op", "backend", "dtype", "mode", "device")
+COUNTS = ("passed", "failed", "refused")
+FIELDS = {*KEY, *COUNTS, "recorded", "versions"}
+WATCHED = ("llmkernels", "torch", "triton", "jax", "jaxlib", "libtpu", "numpy")  # versions worth remembering
+
+
+def records(folder: Path | None = None) -> list[dict[str, Any]]:
+    """Every record in a folder.  ValueError names a file that holds something else."""
+    found: list[dict[str, Any]] = []
+    for file in sorted((folder or FOLDER).glob("*.json")):
+        found += read(file)
+    return found
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The records of one file."""
+    try:
+        value = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}; delete it, or record it again") from None
+    found = value.get("records") if isinstance(value, dict) else None
+    if not isinstance(found, list) or not all(isinstance(r, dict) and set(r) >= FIELDS for r in found):
+        raise ValueError(f"{file} is not a file of records; each needs {', '.join(sorted(FIELDS))}")
+    return found
+
+
+def write(file: Path, new: Iterable[Mapping[str, Any]]) -> None:
+    """Add records to a file; each replaces an older one of the same op, backend, dtype, mode and device."""
+    known = {_key(r): r for r in (read(file) if file.exists() else [])} | {_key(r): dict(r) for r in new}
+    lines = ",\n".join(json.dumps(known[key]) for key in sorted(known))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"records": [\n' + lines + "\n]}\n")
+
+
+def summarize(results: Iterable[Any], mode: str, device: str) -> Iterator[dict[str, Any]]:
+    """Results of the conformance kit as records: how many cases passed, failed, were refused, per op and dtype.
+
+    A call that the contract forbids never reaches a kernel, so it proves nothing about one and is left out.
+    """
+    from llmkernels.registry import OPS
+
+    counts: dict[tuple[str, str, str], dict[str, int]] = {}
+    for result in results:
+        row = counts.setdefault((result.op, result.backend, result.dtype), dict.fromkeys(COUNTS, 0))
+        if result.case not in {case.name for case in OPS[result.op].contract.cases if case.raises}:
+            row[result.verdict] += 1
+    facts = {"mode": mode, "device": device, "recorded": time.strftime("%Y-%m-%d"), "versions": versions()}
+    for (op, backend, dtype), row in counts.items():
+        yield {"op": op, "backend": backend, "dtype": dtype, **facts, **row}
+
+
+def versions() -> dict[str, str]:
+    """What is installed of the packages a result depends on."""
+    found = {}
+    for name in WATCHED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def rows(known: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each record, and one for each op x backend x dtype that has none."""
+    known = list(known)
+    table = []
+    for op, dtypes in _ops(known).items():
+        for backend in [*discovery.backends(), discovery.REFERENCE]:
+            kernel = backend in has_kernel(op)
+            for dtype in dtypes:
+                mine = [r for r in known if (r["op"], r["backend"], r["dtype"]) == (op, backend, dtype)]
+                cell = {"op": op, "backend": backend, "dtype": dtype}
+                for r in sorted(mine, key=lambda r: (MODES.index(r["mode"]), r["device"])):
+                    table.append(cell | {"evidence": _word(r)} | {k: r[k] for k in ("device", "recorded", *COUNTS)})
+                if not mine:
+                    word = "no record" if kernel else "no kernel"
+                    table.append(cell | {"evidence": word} | dict.fromkeys(("device", "recorded", *COUNTS)))
+    return table
+
+
+def sentence(row: Mapping[str, Any]) -> str:
+    """'ran on NVIDIA H200', 'emulated', 'compiled', 'no record' ..."""
+    return f"{row['evidence']} on {row['device']}" if row["evidence"] in ("ran", "failed") else str(row["evidence"])
+
+
+def markdown(table: Iterable[Mapping[str, Any]]) -> str:
+    """The README's table: a line per op and dtype, a column per backend."""
+    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in table:
+        cells.setdefault((row["op"], row["dtype"]), {}).setdefault(row["backend"], []).append(sentence(row))
+    names = list(dict.fromkeys(name for line in cells.values() for name in line))
+    text = [f"| op | dtype | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for (op, dtype), line in cells.items():
+        words = ["<br>".join(dict.fromkeys(line.get(name, ["no kernel"]))) for name in names]
+        text.append(f"| `{op}` | {dtype} | {' | '.join('—' if word == 'no kernel' else word for word in words)} |")
+    return "\n".join(text)
+
+
+def has_kernel(op: str) -> list[str]:
+    """The backends with a file for `op`, whether or not this machine can use them; the reference always has one."""
+    return [name for name in discovery.backends() if _file_exists(name, op)] + [discovery.REFERENCE]
+
+
+def _file_exists(backend: str, op: str) -> bool:
+    try:
+        return util.find_spec(f"{discovery.backends()[backend]}.{op}") is not None
+    except ImportError:  # a plug-in that cannot be imported; doctor says why
+        return False
+
+
+def _ops(known: list[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Op -> dtypes: of the contracts, or, where torch is missing, of whatever was recorded."""
+    if util.find_spec("torch"):
+        from llmkernels import ops as _declared  # noqa: F401
+        from llmkernels.registry import OPS
+
+        return {name: list(OPS[name].contract.dtypes) for name in sorted(OPS)}
+    names: dict[str, list[str]] = {}
+    for r in sorted(known, key=_key):
+        if r["dtype"] not in names.setdefault(r["op"], []):
+            names[r["op"]].append(r["dtype"])
+    return names
+
+
+def _word(record: Mapping[str, Any]) -> str:
+    if record["failed"]:
+        return "failed"
+    return str(record["mode"]) if record["passed"] else "refuses"
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(record[name]) for name in KEY)
