@@ -1,4 +1,9 @@
 """One file per op: its shapes, its cases, its cost, its reference.  No file here knows any backend."""
 
+from llmkernels.ops import merge_attention as merge_attention
 from llmkernels.ops import paged_attention as paged_attention
 from llmkernels.ops import rms_norm as rms_norm
+from llmkernels.ops import rotary_embedding as rotary_embedding
+from llmkernels.ops import sample as sample
+from llmkernels.ops import silu_and_mul as silu_and_mul
+from llmkernels.ops import write_kv as write_kv
