@@ -1,0 +1,51 @@
+# `make demo` and `make test` need nothing but Python 3.11, a C++ compiler and the package registries.
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help venv demo test test-all bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+venv: $(STAMP)  ## .venv with everything installed, this tree editable
+
+demo: venv  ## a small trained model writes text, every hot operation through the registry
+	$(BIN)/llmkernels generate
+
+test: venv  ## style, types, and the tests: minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: venv  ## the tests, the slow ones too
+	$(BIN)/python -m pytest
+
+bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
+	$(BIN)/llmkernels bench --peers
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks llmkernels/_build.json
+	find backends -name '_native*.so' -delete -o -name '*.co' -delete
+	rm -f $(STAMP)
+
+# An environment whose Python is gone, or that lies where it was not made, is no use: the stamp goes, the rule runs.
+USABLE := $(BIN)/python -c 'import pip' 2>/dev/null && grep -qs '$(CURDIR)/.venv' $(BIN)/activate
+$(shell { $(USABLE); } || rm -f $(STAMP))
+
+# Some distributions ship venv without ensurepip; then virtualenv, or another Python's pip, fills it.
+$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	@{ $(USABLE); } || { \
+		test -n "$(PYTHON)" || { echo "no Python 3.11 or newer was found; install one, or name it: make $@ PYTHON=..."; exit 2; }; \
+		echo "making .venv with $(PYTHON)"; rm -rf .venv; \
+		$(PYTHON) -m venv .venv || $(PYTHON) -m virtualenv .venv || \
+		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; } || \
+		{ echo "$(PYTHON) cannot make a virtual environment; install python3-venv or virtualenv"; exit 2; }; }
+	@echo "installing; the first time takes minutes, most of them for torch"
+	$(BIN)/python -m pip install -c constraints.txt setuptools pybind11 ninja
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
