@@ -1,0 +1,16 @@
+"""The thin reference engine: a model from a Hugging Face checkpoint, answered by llmkernels ops alone.
+
+    from llmkernels.engine import LLM, SamplingParams
+    llm = LLM()  # the shipped checkpoint; or LLM("path/to/checkpoint")
+    print(llm.generate("The read() system call", SamplingParams(max_tokens=40))[0].text)
+
+A request travels llm.py -> scheduler.py (which tokens run in this step) -> runner.py (arrays) -> model.py (ops)
+-> sampling.py (the next tokens), and back.  weights.py reads checkpoints, cache.py owns the pages.
+"""
+
+from llmkernels.engine.llm import LLM as LLM
+from llmkernels.engine.llm import Delta as Delta
+from llmkernels.engine.llm import Output as Output
+from llmkernels.engine.llm import shipped_model as shipped_model
+from llmkernels.engine.sampling import SamplingParams as SamplingParams
+from llmkernels.engine.weights import CheckpointError as CheckpointError

@@ -1,0 +1,268 @@
+"""LLM(...).generate and .stream: requests in, text out, and the loop between."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkernels.engine.cache import KVCache, PagePool, page_bytes
+from llmkernels.engine.runner import Runner, calibrate
+from llmkernels.engine.sampling import SamplingParams, draw_seed
+from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.tokenizer import Detokenizer, read_tokenizer
+from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
+
+CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+
+Prompt = str | list[int]
+
+
+def shipped_model(name: str = "manual-5m") -> Path:
+    """The directory of a checkpoint that comes with the package: 'manual-5m', or 'manual-5m-draft' (no tokenizer)."""
+    return Path(__file__).parent.parent / "models" / name
+
+
+@dataclass(eq=False)
+class Output:
+    """One request and what became of it so far; finished when finish_reason is set.
+
+    prompt_tokens: the ids of the prompt, as the model read them.
+    params, seed: how it is sampled; the seed is the one drawn where params name none.
+    tokens: the ids generated, a stop token included.
+    text: of `tokens`, without special tokens, without the stop token, without the bytes of an unfinished character.
+        Empty where the LLM has no tokenizer.
+    logprobs: ln p of each of `tokens`, if params.logprobs.
+    finish_reason: None (unfinished), 'stop' (a stop token), 'length' (max_tokens or the context), 'abort'.
+    """
+
+    prompt_tokens: list[int]
+    params: SamplingParams
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    _sequence: Sequence = field(repr=False, kw_only=True)
+    _detokenizer: Detokenizer | None = field(repr=False, kw_only=True)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._sequence.finish_reason
+
+    def _receive(self, token: int, logprob: float | None) -> None:
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if self._detokenizer and self.finish_reason != "stop":
+            self.text += self._detokenizer.push(token)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next piece of a streamed text, and the request as it stands after it.  Joined texts give output.text."""
+
+    text: str
+    output: Output
+
+
+class LLM:
+    """A checkpoint, ready to answer.
+
+    Args:
+        model_path: a directory with config.json, *.safetensors and tokenizer.json; None is the shipped checkpoint.
+        tokenizer: True reads tokenizer.json beside the weights; a path reads that file; False does without: token
+            ids in, token ids out.
+        dtype: 'float32', 'bfloat16', 'float16', or 'auto', what the checkpoint was saved in.
+        device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto', the first GPU if there is one.
+        quantize: round the layers' projections to a scheme of llmkernels.quant at load, such as 'w4a16_g128'.
+        kv_cache_dtype: 'auto' is the dtype of the model; 'int8', 'float8_e4m3fn' and 'float8_e5m2' halve or quarter the
+            memory, with scales per layer and KV head from a calibration pass at load.
+        kv_cache_bytes: memory for keys and values, in bytes; kv_cache_pages gives it in pages instead.
+        page_size: tokens a page.
+        max_batch_tokens: tokens a step at most: longer prompts are computed in chunks.
+        max_sequences: requests that run at once at most; more wait.
+        max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
+
+    Raises:
+        CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path | None = None,
+        *,
+        tokenizer: bool | str | Path = True,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantize: str | None = None,
+        kv_cache_dtype: str = "auto",
+        kv_cache_bytes: int = 2**30,
+        kv_cache_pages: int | None = None,
+        page_size: int = 16,
+        max_batch_tokens: int = 512,
+        max_sequences: int = 64,
+        max_length: int | None = None,
+    ):
+        for name, size in (("page_size", page_size), ("kv_cache_pages", kv_cache_pages), ("max_length", max_length)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}; give at least 1")
+        checkpoint = Checkpoint(shipped_model() if model_path is None else model_path)
+        self.config = checkpoint.config
+        self.max_length = min(max_length or self.config.context, self.config.context)
+        self.tokenizer = read_tokenizer(checkpoint.path, tokenizer)
+        self._eos = _eos(checkpoint)
+        self.default_params = _default_params(checkpoint.generation)
+
+        kind = _one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
+        cached = kind if kv_cache_dtype == "auto" else _one_of("kv_cache_dtype", kv_cache_dtype, (kind, *CACHE_DTYPES))
+        cache_dtype = (DTYPES | CACHE_DTYPES)[cached]
+        place = _device(device)
+        one_page = page_bytes(self.config, page_size, cache_dtype)
+        useful = max_sequences * -(-self.max_length // page_size)
+        pages = kv_cache_pages or min(kv_cache_bytes // one_page, useful)
+        if pages < 1:
+            raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; a page of {page_size} tokens takes {one_page}")
+        self._scheduler = Scheduler(PagePool(pages), page_size, max_batch_tokens, max_sequences)
+
+        model = load(checkpoint, kind, place, self.max_length, quantize)
+        cache = KVCache(self.config, pages, page_size, cache_dtype, place)
+        if cached in CACHE_DTYPES:
+            calibrate(model, cache)
+        self._runner = Runner(model, cache)
+
+    def generate(
+        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Output]:
+        """Answer one prompt or many, all together, and return their outputs in the order of the prompts.
+
+        Args:
+            prompts: texts, or lists of token ids, or one of either.
+            params: for all prompts, or one for each; None takes `default_params`: what generation_config.json says.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or holds an id that is no token; nothing has run then.
+        """
+        batch = _batch(prompts)
+        each = params if isinstance(params, list) else [params] * len(batch)
+        if len(each) != len(batch):
+            raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one for all, or one each")
+        outputs = [self._request(prompt, wishes) for prompt, wishes in zip(batch, each, strict=True)]
+        try:
+            for output in outputs:
+                self._scheduler.add(output._sequence)
+            while any(output.finish_reason is None for output in outputs):
+                self.step()
+        finally:
+            for output in outputs:  # only where something was raised is there anything left to abort
+                self.abort(output)
+        return outputs
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer one prompt, piece by piece:  for delta in llm.stream("Once"): print(delta.text, end="")
+
+        A piece is whole characters; the last one, maybe empty, comes with delta.output.finish_reason set.  Closing the
+        iterator aborts the request.  Requests of other streams advance with it.
+        """
+        return self._follow(self.add(prompt, params))
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Output:
+        """Queue a request without running it; each `step` brings its Output further.  ValueErrors as in `generate`."""
+        output = self._request(prompt, params)
+        self._scheduler.add(output._sequence)
+        return output
+
+    def step(self) -> bool:
+        """One forward pass for every request that has its turn; False when there was nothing to do."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return False
+        tokens, logprobs = self._runner.run(chunks)
+        self._scheduler.advance(chunks, tokens)
+        ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
+        for output, token, logprob in zip(ends, tokens, logprobs, strict=True):
+            output._receive(token, logprob)
+        return True
+
+    def abort(self, output: Output) -> None:
+        """End a request now and free its pages; nothing happens to a finished one."""
+        self._scheduler.abort(output._sequence)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
+        if self.tokenizer is None:
+            raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
+        return self.tokenizer.encode(text).ids
+
+    def _follow(self, output: Output) -> Iterator[Delta]:
+        sent = 0
+        try:
+            while output.finish_reason is None:
+                self.step()
+                if len(output.text) > sent or output.finish_reason:
+                    delta = Delta(output.text[sent:], output)
+                    sent = len(output.text)
+                    yield delta
+        finally:
+            self.abort(output)
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Output:
+        params = self.default_params if params is None else params
+        if not isinstance(prompt, (str, list, tuple)):
+            raise ValueError(f"the prompt is {prompt!r:.80}; give a text, or a list of token ids")
+        ids = (prompt and self.encode(prompt)) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        for token in (*ids, *params.stop_token_ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab:
+                raise ValueError(f"{token!r} is not a token id; this model's are 0 to {self.config.vocab - 1}")
+        if len(ids) >= self.max_length:
+            raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for more")
+        seed = draw_seed() if params.seed is None else params.seed
+        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        sequence = Sequence(ids.copy(), len(ids), min(len(ids) + params.max_tokens, self.max_length), stop)
+        text = self.tokenizer and Detokenizer(self.tokenizer, ids)
+        sequence.payload = Output(ids, params, seed, _sequence=sequence, _detokenizer=text)
+        return sequence.payload
+
+
+def _batch(prompts: Prompt | list[Prompt]) -> list[Any]:
+    """Always a list of prompts."""
+    return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
+
+
+def _eos(checkpoint: Checkpoint) -> frozenset[int]:
+    """The tokens that end a text: generation_config.json says so, else config.json; one, several or none."""
+    ids = checkpoint.generation["eos_token_id"]
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) for token in ids):
+        raise CheckpointError(f"{checkpoint.path}: eos_token_id is {ids!r}; it must be an integer or a list of them")
+    return frozenset(ids)
+
+
+def _default_params(generation: dict[str, Any]) -> SamplingParams:
+    """What generation_config.json asks for: greedy, unless it says do_sample."""
+    params = SamplingParams()
+    if generation.get("do_sample"):
+        wishes = {name: generation[name] for name in ("top_k", "top_p", "min_p") if generation.get(name) is not None}
+        params = replace(params, temperature=generation.get("temperature") or 1.0, **wishes)
+    return params
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    value = str(value).removeprefix("torch.")
+    if value not in allowed:
+        raise CheckpointError(f"{name} is {value!r}; use one of auto, {', '.join(allowed)}")
+    return value
+
+
+def _device(wish: str) -> torch.device:
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        raise ValueError(f"device is {wish!r}; use 'auto', 'cpu', 'cuda' or 'cuda:<index>'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {wish!r}, but torch finds no GPU; use device='cpu'")
+    return device

@@ -1,0 +1,212 @@
+"""Decoder-only transformers as a sequence of llmkernels ops: Llama, Mistral, Qwen2, Qwen3.
+
+A layer is eight calls, and no arithmetic happens outside them:
+
+    qkv, residual = norm_linear_activation(x, ..., residual)             the norm and its residual ride on the product
+    q, k          = rms_norm(q), rms_norm(k)                             Qwen3 only
+    q, k          = rotary_embedding(q, k, cos, sin, positions)
+                    write_kv(k, v, k_cache, v_cache, slots)
+    a             = paged_attention(q, k_cache, v_cache, ...)
+    x             = norm_linear_activation(a, norm="none")
+    h, residual   = norm_linear_activation(x, ..., residual, activation="swiglu")
+    x             = norm_linear_activation(h, norm="none")
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import llmkernels
+
+if TYPE_CHECKING:
+    from llmkernels.engine.cache import KVCache
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes and switches of a model; engine/weights.py reads them from config.json.
+
+    windows: for each layer, how many keys before its own position a query sees; -1 is all of them.
+    rope: rope_theta, rope_type and what that type needs, as in transformers' rope_parameters.
+    context: the longest sequence the model is for, in tokens.
+    dtype: what the checkpoint was saved in.
+    """
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    eps: float
+    windows: tuple[int, ...]
+    rope: dict[str, Any]
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    dtype: str
+
+
+@dataclass
+class Linear:
+    """weight [out in], dense or a QuantizedWeight, and its bias [out] or None."""
+
+    weight: Any
+    bias: torch.Tensor | None = None
+
+
+@dataclass
+class Layer:
+    """The weights of one layer.
+
+    qkv packs the rows of the query, key and value projections; gate_up those of gate and up.
+    window: see ModelConfig.windows.
+    """
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int
+
+
+@dataclass
+class Batch:
+    """What one forward pass runs on, sequences one after the other.
+
+    tokens, positions, slots: int64 [tokens]; a slot is page * page_size + offset.
+    block_table: int32 [seqs max_pages].  seq_lens: int32 [seqs], keys with the new ones.  cu_seqlens_q: int32 [seqs+1].
+    rows: int64 [samples], the tokens whose logits are wanted.
+    max_seqlen_q, max_seqlen_k: upper bounds, rounded up so that few different ones occur.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    rows: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass
+class Model:
+    """A model in memory.  cos, sin: float32 [context, rotated/2]."""
+
+    config: ModelConfig
+    embedding: torch.Tensor
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: Linear
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def forward(self, batch: Batch, cache: "KVCache") -> torch.Tensor:
+        """Logits [samples vocab] of the rows asked for; keys and values of all tokens are written to the cache."""
+        eps = self.config.eps
+        x: torch.Tensor = self.embedding[batch.tokens]
+        residual: Any = None
+        for index, layer in enumerate(self.layers):
+            qkv, residual = llmkernels.norm_linear_activation(
+                x,
+                layer.qkv.weight,
+                norm_weight=layer.input_norm,
+                residual=residual,
+                bias=layer.qkv.bias,
+                eps=eps,
+                return_residual=True,
+            )
+            x = _product(self._attention(index, layer, qkv, batch, cache), layer.o)
+            h, residual = llmkernels.norm_linear_activation(
+                x,
+                layer.gate_up.weight,
+                norm_weight=layer.post_norm,
+                residual=residual,
+                bias=layer.gate_up.bias,
+                activation="swiglu",
+                eps=eps,
+                return_residual=True,
+            )
+            x = _product(h, layer.down)
+        return llmkernels.norm_linear_activation(
+            x[batch.rows],
+            self.head.weight,
+            norm_weight=self.norm,
+            residual=residual[batch.rows],
+            bias=self.head.bias,
+            eps=eps,
+        )
+
+    def _attention(self, index: int, layer: Layer, qkv: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
+        """[tokens, heads * head_dim], of qkv [tokens, (heads + 2 * kv_heads) * head_dim]."""
+        config = self.config
+        rows = qkv.unflatten(-1, (-1, config.head_dim))
+        q, k, v = rows.split((config.heads, config.kv_heads, config.kv_heads), 1)
+        if layer.q_norm is not None:
+            q = llmkernels.rms_norm(q, layer.q_norm, eps=config.eps)
+            k = llmkernels.rms_norm(k, layer.k_norm, eps=config.eps)
+        q, k = llmkernels.rotary_embedding(q, k, self.cos, self.sin, batch.positions)
+        scales = {"k_scale": cache.k_scale[index], "v_scale": cache.v_scale[index]}
+        llmkernels.write_kv(k, v, cache.k[index], cache.v[index], batch.slots, **scales)
+        attended = llmkernels.paged_attention(
+            q,
+            cache.k[index],
+            cache.v[index],
+            batch.block_table,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            window=(layer.window, -1),
+            max_seqlen_q=batch.max_seqlen_q,
+            max_seqlen_k=batch.max_seqlen_k,
+            **scales,
+        )
+        return attended.flatten(1)
+
+
+def _product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    return llmkernels.norm_linear_activation(x, linear.weight, norm="none", bias=linear.bias)
+
+
+def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * frequency, float32 [length, rotated/2]: RoFormer, https://arxiv.org/abs/2104.09864.
+
+    Computed in float32 as transformers does: models are trained with exactly these angles.
+    """
+    rope = config.rope
+    rotated = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+    exponent = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
+    frequency = 1.0 / rope["rope_theta"] ** exponent
+    if rope["rope_type"] == "linear":
+        frequency = frequency / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        frequency = _llama3(frequency, rope)
+    angle = torch.arange(length).float()[:, None] * frequency
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+def _llama3(frequency: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
+    """Llama 3.1's stretch: long waves are slowed by `factor`, short ones stay, those between blend smoothly."""
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # of a wave over the trained context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequency / factor + smooth * frequency

@@ -1,0 +1,48 @@
+"""Text -> token ids, and back one token at a time, through the `tokenizers` library."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+
+from llmkernels.engine.weights import CheckpointError, read_json
+
+CONTEXT = 6  # tokens decoded again with each new one: what a byte or a space means depends on its neighbours
+BROKEN = "\ufffd"  # what bytes that are no whole character decode to
+
+
+def read_tokenizer(model: Path, wish: bool | str | Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer of the checkpoint in `model` (True), of a tokenizer.json (its path), or none (False)."""
+    if wish is False:
+        return None
+    file = model / "tokenizer.json" if wish is True else Path(wish)
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing; give tokenizer=<path of a tokenizer.json>, or tokenizer=False to use token ids"
+        )
+    content = read_json(file)
+    if not isinstance(content.get("model"), dict) or not isinstance(content.get("added_tokens"), list):
+        raise CheckpointError(f"{file} lacks model or added_tokens; it must be as the tokenizers library writes it")
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+class Detokenizer:
+    """The text of one answer, piece by piece.  A piece waits until its last character is whole."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: list[int]):
+        self._tokenizer = tokenizer
+        self._keep(prompt)
+
+    def push(self, token: int) -> str:
+        """The text that this token adds; empty while bytes of a character are missing."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(BROKEN):
+            return ""
+        piece = text[len(self._shown) :]
+        self._keep(self._window)
+        return piece
+
+    def _keep(self, tokens: list[int]) -> None:
+        self._window = tokens[-CONTEXT:]
+        self._shown = self._tokenizer.decode(self._window).rstrip(BROKEN)
