@@ -123,39 +123,24 @@ class Model:
 
     def forward(self, batch: Batch, cache: "KVCache") -> torch.Tensor:
         """Logits [samples vocab] of the rows asked for; keys and values of all tokens are written to the cache."""
-        eps = self.config.eps
         x: torch.Tensor = self.embedding[batch.tokens]
         residual: Any = None
         for index, layer in enumerate(self.layers):
-            qkv, residual = llmkernels.norm_linear_activation(
-                x,
-                layer.qkv.weight,
-                norm_weight=layer.input_norm,
-                residual=residual,
-                bias=layer.qkv.bias,
-                eps=eps,
-                return_residual=True,
-            )
+            qkv, residual = self._normed(x, residual, layer.input_norm, layer.qkv)
             x = _product(self._attention(index, layer, qkv, batch, cache), layer.o)
-            h, residual = llmkernels.norm_linear_activation(
-                x,
-                layer.gate_up.weight,
-                norm_weight=layer.post_norm,
-                residual=residual,
-                bias=layer.gate_up.bias,
-                activation="swiglu",
-                eps=eps,
-                return_residual=True,
-            )
+            h, residual = self._normed(x, residual, layer.post_norm, layer.gate_up, activation="swiglu")
             x = _product(h, layer.down)
-        return llmkernels.norm_linear_activation(
-            x[batch.rows],
-            self.head.weight,
-            norm_weight=self.norm,
-            residual=residual[batch.rows],
-            bias=self.head.bias,
-            eps=eps,
+        return self._normed(x[batch.rows], residual[batch.rows], self.norm, self.head)[0]
+
+    def _normed(
+        self, x: torch.Tensor, residual: Any, norm: torch.Tensor, linear: Linear, activation: str = "none"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """activation(linear(norm(s))), and s = x + residual; the first layer has no residual yet, its s is x."""
+        given = {} if residual is None else {"residual": residual, "return_residual": True}
+        results = llmkernels.norm_linear_activation(
+            x, linear.weight, norm_weight=norm, bias=linear.bias, activation=activation, eps=self.config.eps, **given
         )
+        return results if given else (results, x)
 
     def _attention(self, index: int, layer: Layer, qkv: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
         """[tokens, heads * head_dim], of qkv [tokens, (heads + 2 * kv_heads) * head_dim]."""
