@@ -1,0 +1,25 @@
+"""What every test starts from: no wishes in the environment, nothing remembered, a cache folder of its own."""
+
+import os
+
+import pytest
+
+for name in [name for name in os.environ if name.startswith("LLMKERNELS_")]:
+    del os.environ[name]  # what the developer's shell asks for must not decide what is tested
+os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory):
+    """First-use verdicts and measured limits of this run, not of the developer's home."""
+    os.environ["LLMKERNELS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Every test chooses its backends anew and counts from zero."""
+    from llmkernels import discovery, ledger, settings
+
+    settings.environment.cache_clear()
+    discovery.forget_all()
+    ledger.reset()
