@@ -136,7 +136,8 @@ class BuildNative(Command):
 
     def run(self) -> None:
         report = {name: self.attempt(name, step) for name, step in PLAN.items()}
-        self.write("llmkernels/_build.json", json.dumps(report, indent=2).encode() + b"\n")
+        facts = {"python": platform.python_version(), "backends": report}
+        self.write("llmkernels/_build.json", json.dumps(facts, indent=2).encode() + b"\n")
         for name, row in report.items():
             print(f"llmkernels: {name}:", "built" if row["built"] else f"skipped: {row['why']}; {row['fix']}")
 
