@@ -1,0 +1,68 @@
+// The Python module _native: each kernel of the table as a function of numbers; addresses are integers, 0 is none.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <type_traits>
+
+#include "cpu/table.h"
+
+namespace py = pybind11;
+namespace llmkernels {
+namespace {
+
+// What Python passes for a parameter of a kernel, and back.
+template <class T>
+using Passed = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+
+template <class T>
+T native(Passed<T> value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else {
+    return value;
+  }
+}
+
+void raise(const char* name, Status status) {
+  switch (status) {
+    case kOk:
+      return;
+    case kOutOfMemory:
+      PyErr_NoMemory();
+      throw py::error_already_set();
+    case kBadDType:
+      throw std::runtime_error(std::string(name) + ": the kernel was given a dtype it does not know");
+    case kBadIndex:
+      throw py::index_error(std::string(name) + ": an index points outside its array; see it with use(checked=True)");
+  }
+}
+
+// One function of the module.  Python's lock is released while the kernel runs.
+template <class... Parameters>
+void kernel(py::module_& module, const char* name, Status (*Table::*entry)(Parameters...)) {
+  module.def(name, [name, entry](Passed<Parameters>... arguments) {
+    Status status;
+    {
+      py::gil_scoped_release unlocked;
+      status = (table().*entry)(native<Parameters>(arguments)...);
+    }
+    raise(name, status);
+  });
+}
+
+}  // namespace
+}  // namespace llmkernels
+
+PYBIND11_MODULE(_native, module) {
+  using namespace llmkernels;
+  module.def("isa", [] { return table().name; }, "The instruction set whose kernels answer on this machine.");
+  py::dict dtypes;
+  dtypes["float32"] = int(kFloat32);
+  dtypes["bfloat16"] = int(kBFloat16);
+  dtypes["float16"] = int(kFloat16);
+  dtypes["int8"] = int(kInt8);
+  dtypes["float8_e4m3fn"] = int(kFloat8E4M3);
+  dtypes["float8_e5m2"] = int(kFloat8E5M2);
+  module.attr("DTYPES") = dtypes;
+  kernel(module, "rms_norm", &Table::rms_norm);
+}

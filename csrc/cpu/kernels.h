@@ -1,0 +1,24 @@
+// Every kernel, compiled once for each instruction set: isa_*.cpp sets LLMKERNELS_ISA and the compiler's flags.
+//
+// All code below lives in llmkernels::<isa>, and uses no template or inline function from outside: the linker keeps one
+// copy of such a function, and if it kept the AVX-512 one, the portable kernels would crash on an older processor.
+#pragma once
+#include "cpu/parallel.h"
+#include "cpu/rms_norm.h"
+#include "cpu/simd.h"
+#include "cpu/table.h"
+
+#define LLMKERNELS_TEXT_(name) #name
+#define LLMKERNELS_TEXT(name) LLMKERNELS_TEXT_(name)
+
+namespace llmkernels::LLMKERNELS_ISA {
+
+extern const Table kernels;
+constexpr Table kernels = [] {  // a constant: nothing of an instruction set may run when the module is loaded
+  Table table{};
+  table.name = LLMKERNELS_TEXT(LLMKERNELS_ISA);
+  table.rms_norm = rms_norm;
+  return table;
+}();
+
+}  // namespace llmkernels::LLMKERNELS_ISA

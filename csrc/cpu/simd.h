@@ -1,0 +1,98 @@
+// Vectors of float32, and every other element type as it is loaded into them and stored from them.
+//
+// An instruction set brings simd_<isa>.h; what can be written over those few functions is here.  `Floats` is a vector type
+// of the compiler, so + - * / and unary minus are its operators.
+//   kLanes                        floats in a vector: 16, 8, 4
+//   broadcast(x) load(p) store(p, v)     p of any element type of types.h
+//   fma(a, b, c) max min round    max(a, b) and min(a, b) are b where either is NaN
+//   less(a, b, x, y)              a < b ? x : y
+//   power_of_two(n)               2^n for whole n from -126 to 127
+//   sum(v) largest(v) sums(v[kLanes])    of all lanes; sums gives lane i the sum of v[i]
+//   Pairs                         2 * kLanes bfloat16, two in each lane: load_pairs, broadcast_pair, even, odd, interleave
+//   dot(a, b, c)                  c + a . b, a pair at a time, of Pairs; fast where kPairDot says so
+#pragma once
+#include "cpu/types.h"
+
+#if defined(__AVX512BF16__)
+#include "cpu/simd_avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/simd_avx2.h"
+#else
+#include "cpu/simd_portable.h"
+#endif
+
+namespace llmkernels::LLMKERNELS_ISA {
+
+LLMKERNELS_INLINE Floats zeros() { return broadcast(0.0f); }
+
+// The first n lanes from memory, zero in the others.
+template <class T>
+LLMKERNELS_INLINE Floats load_part(const T* from, int64_t n) {
+  T part[kLanes] = {};
+  std::memcpy(part, from, n * sizeof(T));
+  return load(part);
+}
+template <class T>
+LLMKERNELS_INLINE void store_part(T* to, Floats x, int64_t n) {
+  T part[kLanes];
+  store(part, x);
+  std::memcpy(to, part, n * sizeof(T));
+}
+
+// use(i, n) for every vector of a row of `width`: n lanes from element i on.  The full ones get n as a constant.
+template <class Use>
+LLMKERNELS_INLINE void each_vector(int64_t width, Use use) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) use(i, Whole{});
+  if (i < width) use(i, width - i);
+}
+template <class T>
+LLMKERNELS_INLINE Floats load(const T* from, Whole) {
+  return load(from);
+}
+template <class T>
+LLMKERNELS_INLINE Floats load(const T* from, int64_t n) {
+  return load_part(from, n);
+}
+template <class T>
+LLMKERNELS_INLINE void store(T* to, Floats x, Whole) {
+  store(to, x);
+}
+template <class T>
+LLMKERNELS_INLINE void store(T* to, Floats x, int64_t n) {
+  store_part(to, x, n);
+}
+
+// e^x to 1 ulp or so; 0 below -87.3, the largest power above 88.
+LLMKERNELS_INLINE Floats exp(Floats x) {
+  const Floats low = broadcast(-87.3f);
+  const Floats bounded = min(broadcast(88.0f), max(low, x));  // NaN stays
+  const Floats n = round(bounded * broadcast(1.44269504f));
+  Floats r = fma(n, broadcast(-0.693145752f), bounded);  // x - n ln 2, ln 2 in two parts
+  r = fma(n, broadcast(-1.42860677e-6f), r);
+  Floats p = broadcast(1.9875691500e-4f);  // Cephes' polynomial
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r) + broadcast(1.0f);
+  return less(x, low, zeros(), p * power_of_two(n));
+}
+
+LLMKERNELS_INLINE Floats tanh(Floats x) {
+  const Floats square = x * x, magnitude = max(x, -x);
+  Floats p = broadcast(-5.70498872745e-3f);  // near 0, where the quotient below would cancel
+  p = fma(p, square, broadcast(2.06390887954e-2f));
+  p = fma(p, square, broadcast(-5.37397155531e-2f));
+  p = fma(p, square, broadcast(1.33314422036e-1f));
+  p = fma(p, square, broadcast(-3.33332819422e-1f));
+  const Floats small = fma(p * square, x, x);
+  const Floats one = broadcast(1.0f), two = broadcast(2.0f);
+  const Floats large = one - two / (exp(magnitude + magnitude) + one);
+  return less(magnitude, broadcast(0.625f), small, less(x, zeros(), -large, large));
+}
+
+LLMKERNELS_INLINE Floats silu(Floats x) { return x / (exp(-x) + broadcast(1.0f)); }
+
+}  // namespace llmkernels::LLMKERNELS_ISA
