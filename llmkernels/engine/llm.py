@@ -81,7 +81,7 @@ class LLM:
         kv_cache_bytes: memory for keys and values, in bytes; kv_cache_pages gives it in pages instead.
         page_size: tokens a page.
         max_batch_tokens: tokens a step at most: longer prompts are computed in chunks.
-        max_sequences: requests that run at once at most; more wait.
+        max_sequences: requests that run at once at most, never more than max_batch_tokens; the others wait.
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
 
     Raises:
@@ -123,7 +123,7 @@ class LLM:
         pages = kv_cache_pages or min(kv_cache_bytes // one_page, useful)
         if pages < 1:
             raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; a page of {page_size} tokens takes {one_page}")
-        self._scheduler = Scheduler(PagePool(pages), page_size, max_batch_tokens, max_sequences)
+        self._scheduler = Scheduler(PagePool(pages), page_size, max_batch_tokens, min(max_sequences, max_batch_tokens))
 
         model = load(checkpoint, kind, place, self.max_length, quantize)
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
