@@ -29,6 +29,13 @@ def family(op: str, call: Mapping[str, Any]) -> str:
     return next(iter(owners), "torch")
 
 
+def refuse_gradients(op: str, call: Mapping[str, Any]) -> None:
+    """ValueError where torch would have to differentiate the call."""
+    names = [name for name, value in call.items() if getattr(value, "requires_grad", False)]
+    if names and sys.modules["torch"].is_grad_enabled():
+        raise ValueError(f"{op}: {names[0]} requires a gradient; kernels only infer: use torch.no_grad()")
+
+
 def _torch_or_unknown(array: Any) -> str:
     torch = sys.modules.get("torch")
     if torch and isinstance(array, torch.Tensor):  # a subclass that another library defines

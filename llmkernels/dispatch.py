@@ -18,11 +18,12 @@ from llmkernels.settings import ASKED, current
 
 LIMIT = 64  # kinds of call remembered for one key; an engine's growing sequences would otherwise grow a list for ever
 
+TRACED = """    if compiling():
+        return traced({forward}, backend=backend)
+"""
 SOURCE = """
 def {name}{signature}:
-    if compiling():
-        return traced({forward})
-    try:
+{traced}    try:
         plain = {plain}
         key = (asked(), backend, {key})
         entries = memo.get(key, ())
@@ -48,7 +49,7 @@ def function_for(op: Any) -> Callable:
     for name, pattern in inputs.items():
         if "quantized" in pattern.dtypes:  # maybe a QuantizedWeight: its signature says all that its kind depends on
             key.append(f"getattr({name}, 'signature', None)")
-            arrays[name] = f"(getattr({name}, 'signature', None) and {name}.values or {name})"
+            arrays[name] = f"({name}.values if hasattr({name}, 'scheme') else {name})"
         if pattern.optional:
             arrays[name] = f"*(() if {name} is None else ({name},))"
     absent = [f"{name} is None" for name, pattern in inputs.items() if pattern.optional]
@@ -64,7 +65,6 @@ def function_for(op: Any) -> Callable:
         run = ledger.noted(contract, settings.recorder, choice.run) if settings.recorder else choice.run
         guard = _guard([call[name] for name in inputs if call[name] is not None])
         if guard and key is not None:
-            names["compiling"] = sys.modules["torch"].compiler.is_compiling
             entries = memo.setdefault(key, [])
             entries.insert(0, (guard, tally, op.checks(call, settings), run))
             del entries[LIMIT:]
@@ -73,33 +73,34 @@ def function_for(op: Any) -> Callable:
     backend = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default=None)
     signature = contract.signature.replace(parameters=[*parameters, backend])
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    source = SOURCE.format(
-        name=op.name,
-        signature=inspect.Signature(bare),
-        forward=", ".join(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters),
-        call=", ".join(f"{p.name}={p.name}" for p in parameters),
-        key=", ".join(key),
-        arrays=", ".join(arrays.values()),
-        required=", ".join(arrays[name] for name, pattern in inputs.items() if not pattern.optional),
-        plain=" and ".join(absent) or "True",
-    )
-    names = {"asked": ASKED.get, "memo": memo, "first": first, "compiling": compiling, "traced": _traced(op.name)}
-    exec(compile(source, f"<llmkernels.{op.name}>", "exec"), names)
+    fields = {
+        "name": op.name,
+        "signature": inspect.Signature(bare),
+        "forward": ", ".join(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters),
+        "call": ", ".join(f"{p.name}={p.name}" for p in parameters),
+        "key": ", ".join(key),
+        "arrays": ", ".join(arrays.values()),
+        "required": ", ".join(arrays[name] for name, pattern in inputs.items() if not pattern.optional),
+        "plain": " and ".join(absent) or "True",
+    }
+    names = {"asked": ASKED.get, "memo": memo, "first": first, "traced": _traced(op.name)}
+    names["compiling"] = import_module("torch").compiler.is_compiling  # references are written in torch: it is there
+    exec(compile(SOURCE.format(traced="", **fields), f"<llmkernels.{op.name}, eager>", "exec"), names)
+    eager = names[op.name]  # what torch.ops.llmkernels.<op> runs, which must not ask again whether it is being traced
+    exec(compile(SOURCE.format(traced=TRACED.format(**fields), **fields), f"<llmkernels.{op.name}>", "exec"), names)
     function: Any = names[op.name]
+    function.eager = eager
     function.__doc__, function.__module__ = contract.reference.__doc__, contract.reference.__module__
     function.__signature__ = signature
     function.forget = memo.clear
     return function
 
 
-def compiling() -> bool:
-    """Whether torch.compile or torch.export is tracing this call; then it becomes a torch.ops.llmkernels node."""
-    return "torch" in sys.modules and sys.modules["torch"].compiler.is_compiling()
-
-
 def _traced(name: str) -> Callable:
     def traced(*args: Any, **options: Any) -> Any:
-        return import_module("llmkernels.torch_library").call(name, *args, **options)
+        from llmkernels import torch_library  # Dynamo follows an import statement, not import_module
+
+        return torch_library.call(name, *args, **options)
 
     return traced
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from llmkernels import dispatch, ledger
-from llmkernels.arrays import family, is_array, through_torch
+from llmkernels.arrays import family, is_array, refuse_gradients, through_torch
 from llmkernels.contract import Case, Contract
 from llmkernels.discovery import (
     FORGET,
@@ -177,10 +177,8 @@ class Op:
     def _validate(self, call: Mapping[str, Any]) -> str:
         self.contract.validate(call)
         owner = family(self.name, call)
-        if owner == "torch" and (names := [name for name, value in call.items() if _wants_gradient(value)]):
-            raise ValueError(
-                f"{self.name}: {names[0]} requires a gradient; kernels only infer: use torch.no_grad()"
-            )
+        if owner == "torch":
+            refuse_gradients(self.name, call)
         if owner == "jax" and (written := [p.name for p in self.contract.shapes.inputs.values() if p.mutated]):
             raise ValueError(
                 f"{self.name}: writes {' and '.join(written)} in place, and jax arrays are immutable; "
@@ -254,14 +252,6 @@ def _check_environment(settings: Settings) -> None:
             raise ValueError(
                 f"LLMKERNELS_{name.upper()} is set, but {name!r} is not an op; the ops are {', '.join(sorted(OPS))}"
             )
-
-
-def _wants_gradient(value: Any) -> bool:
-    if not getattr(value, "requires_grad", False):
-        return False
-    import torch
-
-    return torch.is_grad_enabled()
 
 
 def _on_cpu(value: Any) -> bool:

@@ -161,7 +161,7 @@ def paged_attention(
     seq_lens,
     cu_seqlens_q,
     *,
-    scale=None,
+    scale: float | None = None,
     causal=True,
     window=(-1, -1),
     soft_cap=0.0,
@@ -171,8 +171,8 @@ def paged_attention(
     v_scale=None,
     tree_mask=None,
     return_lse=False,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ):
     """Softmax attention of each new token over the keys of its own sequence.
 
