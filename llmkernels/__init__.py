@@ -20,12 +20,17 @@ if not (_HERE / "backends").is_dir() and (_HERE.parent / "backends" / "__init__.
 if TYPE_CHECKING:
     from llmkernels import jax_api as jax_api
     from llmkernels import ledger as ledger
+    from llmkernels import quant as quant
     from llmkernels import testing as testing
     from llmkernels import torch_library as torch_library
     from llmkernels.discovery import Refusal as Refusal
     from llmkernels.discovery import Unsupported as Unsupported
+    from llmkernels.ops.lora_gemm import lora_gemm as lora_gemm
     from llmkernels.ops.merge_attention import merge_attention as merge_attention
+    from llmkernels.ops.norm_linear_activation import norm_linear_activation as norm_linear_activation
     from llmkernels.ops.paged_attention import paged_attention as paged_attention
+    from llmkernels.ops.quantize_activation import quantize_activation as quantize_activation
+    from llmkernels.ops.quantized_gemm import quantized_gemm as quantized_gemm
     from llmkernels.ops.rms_norm import rms_norm as rms_norm
     from llmkernels.ops.rotary_embedding import rotary_embedding as rotary_embedding
     from llmkernels.ops.sample import sample as sample
