@@ -5,7 +5,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test test-all bench clean
+.PHONY: help venv demo test test-all bench readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +27,9 @@ test-all: venv  ## the tests, the slow ones too
 
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers
+
+readme: venv  ## the README's table of what ran where, from the records
+	$(BIN)/python tools/readme.py
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks llmkernels/_build.json

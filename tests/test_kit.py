@@ -1,11 +1,11 @@
-"""The conformance kit catches what it is there to catch."""
+"""The conformance kit catches what it is there to catch.  That it accuses nobody else, tests/test_parity.py shows."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from faults import FAULTS, REFERENCE
+from faults import FAULTS
 
 from llmkernels import comparison, testing
 from llmkernels.memory import Fence, poisoned_allocations
@@ -32,12 +32,6 @@ def test_planted_fault_is_caught(name):
 def test_the_list_is_long_enough():
     assert len(FAULTS) >= 12
     assert {op for op, _ in FAULTS.values()} == set(OPS)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_the_reference_itself_is_not_accused(op):
-    """The other half of the proof: the same cases through the same path, without a fault."""
-    assert not [str(result) for result in verdicts(op, REFERENCE[op]) if result.verdict == "failed"]
 
 
 def test_tolerance_is_roundoff():
