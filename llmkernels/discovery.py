@@ -85,7 +85,7 @@ def absent(backend: str) -> Refusal | None:
         return None
     try:
         why = package(backend).absent()
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library that it loads is missing
         return Refusal("ABSENT", f"{backends()[backend]} cannot be imported: {error}", "install what it needs")
     return why and Refusal(*why)
 

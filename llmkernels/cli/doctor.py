@@ -38,10 +38,10 @@ TRY_PLUGIN = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
 from llmkernels import discovery
-if not discovery.absent(sys.argv[1]):
+if not discovery.package(sys.argv[1]).absent():
     for op in json.loads(sys.argv[3]):
-        module = discovery.implementation(sys.argv[1], op)
-        assert callable(module.run) and callable(module.refuse), f"{module.__name__} lacks run or refuse"
+        if module := discovery.implementation(sys.argv[1], op):
+            assert callable(module.run) and callable(module.refuse), f"{module.__name__} lacks run or refuse"
 """
 
 
