@@ -96,7 +96,6 @@ class Scheduler:
         """What runs next, oldest first; empty when nothing is left to do.  Report back with `advance`."""
         chunks: list[Chunk] = []
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
-        preempted = False
         while len(chunks) < len(self.running):
             sequence = self.running[len(chunks)]
             if self._reserve(sequence):
@@ -104,8 +103,7 @@ class Scheduler:
                 spare -= chunks[-1].count - 1
             else:
                 self._preempt()  # the youngest, who has no chunk yet; at worst this very sequence
-                preempted, spare = True, spare + 1
-        while self.waiting and spare and len(self.running) < self.max_sequences and not preempted:
+        while self.waiting and spare and len(self.running) < self.max_sequences:
             if not self._reserve(self.waiting[0]):
                 break
             sequence = self.waiting.popleft()
