@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from setuptools import Command, Distribution, find_packages, setup
+from setuptools import Command, Distribution, find_namespace_packages, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
@@ -236,7 +236,8 @@ def flags(path: Path) -> str:
 
 
 def packages(name: str, folder: str) -> list[str]:
-    return [name, *(f"{name}.{inner}" for inner in find_packages(str(ROOT / folder)))]
+    inner = find_namespace_packages(str(ROOT / folder), exclude=["*__pycache__*", "*-*"])  # models/ holds data only
+    return [name, *(f"{name}.{package}" for package in inner)]
 
 
 class Build(build):
