@@ -35,5 +35,5 @@ def _why():
     for folder in Path(__file__).resolve().parents[1:3]:  # llmkernels/ where installed; beside it in a source tree
         for report in (folder / "_build.json", folder / "llmkernels" / "_build.json"):
             if report.exists():
-                return json.loads(report.read_text()).get("cpu", {}).get("why", "the build did not try")
+                return json.loads(report.read_text())["backends"]["cpu"].get("why", "the build did not try")
     return "nothing was built here"

@@ -64,5 +64,6 @@ PYBIND11_MODULE(_native, module) {
   dtypes["float8_e4m3fn"] = int(kFloat8E4M3);
   dtypes["float8_e5m2"] = int(kFloat8E5M2);
   module.attr("DTYPES") = dtypes;
+  kernel(module, "paged_attention", &Table::paged_attention);
   kernel(module, "rms_norm", &Table::rms_norm);
 }

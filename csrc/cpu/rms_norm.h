@@ -1,6 +1,6 @@
 // RMS normalisation: a row is read once from memory, summed, and read again from the cache to be scaled.
 #pragma once
-#include <cmath>
+#include <math.h>
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -38,7 +38,7 @@ Status rms_norm(int dtype, const void* x, int64_t x_stride, const void* residual
         T* to = static_cast<T*>(y) + row * hidden;
         T* kept = residual ? static_cast<T*>(residual_out) + row * hidden : nullptr;
         const float mean = squares(from, added, kept, hidden) / float(hidden);
-        const Floats root = broadcast(1.0f / std::sqrt(mean + eps));
+        const Floats root = broadcast(1.0f / sqrtf(mean + eps));
         each_vector(hidden, [&](int64_t i, auto n) {
           Floats s = load(from + i, n);
           if (added) s = s + load(added + i, n);

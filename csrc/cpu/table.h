@@ -29,6 +29,21 @@ struct Table {
   Status (*rms_norm)(int dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
                      const void* weight, void* y, void* residual_out, int64_t rows, int64_t hidden, float eps,
                      int threads);
+
+  // Attention over a paged cache, llmkernels/ops/paged_attention.py.  Strides are called after what they step over; channels
+  // of k_cache, v_cache, q and out have unit stride.  group: heads of q that share a KV head.  block_table,
+  // seq_lens and cu_seqlens_q are int32.  Null where absent: sinks [heads], alibi_slopes [heads], k_scale and v_scale
+  // [kv_heads] or one value, all float32; tree_mask [tokens, tree_words] uint32; lse [tokens, heads] float32.
+  // out [tokens, heads, v_dim] has the dtype of q and is contiguous.
+  Status (*paged_attention)(int q_dtype, int cache_dtype, const void* q, int64_t q_token, int64_t q_head, const void* k_cache,
+                            int64_t k_page, int64_t k_slot, int64_t k_head, const void* v_cache, int64_t v_page,
+                            int64_t v_slot, int64_t v_head, int64_t pages, int64_t page_size, int64_t kv_heads,
+                            int64_t group, int64_t dim, int64_t v_dim, int64_t tokens, int64_t seqs,
+                            const void* block_table, int64_t table_stride, int64_t max_pages, const void* seq_lens,
+                            const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right, float soft_cap,
+                            const void* sinks, const void* alibi_slopes, const void* k_scale, const void* v_scale,
+                            bool scale_per_head, const void* tree_mask, int64_t tree_words, void* out, void* lse,
+                            int threads);
 };
 
 // runtime.cpp: the fastest table that this processor, and the environment variable LLMKERNELS_CPU_ISA, allow.

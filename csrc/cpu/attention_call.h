@@ -1,0 +1,143 @@
+// Paged attention, what its parts share: the call, a unit of work, which keys a query sees, and the softmax of a row.
+//
+//   paged_attention.h   cuts a call into units, runs them on all threads, joins the parts of one query
+//   attention_few.h     a unit of few queries, decode: bound by memory, each key is loaded once for all queries
+//   attention_many.h    a unit of many queries, prefill: bound by arithmetic, tiles of a matrix product
+//
+// A row is one query of one head.  The rows of a sequence that share a KV head are numbered token * group + head, so
+// that they see about the same keys.
+#pragma once
+#include <math.h>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace llmkernels::LLMKERNELS_ISA {
+
+// The arguments of table.h, under its names.
+struct AttentionCall {
+  int q_dtype, cache_dtype;
+  const void* q;
+  int64_t q_token, q_head;
+  const void *k_cache, *v_cache;
+  int64_t k_page, k_slot, k_head, v_page, v_slot, v_head;
+  int64_t pages, page_size, kv_heads, group, dim, v_dim, tokens, seqs;
+  const int32_t* block_table;
+  int64_t table_stride, max_pages;
+  const int32_t *seq_lens, *cu_seqlens_q;
+  float scale;
+  bool causal;
+  int64_t left, right;
+  float soft_cap;
+  const float *sinks, *alibi_slopes, *k_scale, *v_scale;
+  bool scale_per_head;
+  const uint32_t* tree_mask;
+  int64_t tree_words;
+  void* out;
+  float* lse;
+};
+
+// Rows first_row to end_row of a sequence over its keys first_key to end_key, of one KV head.
+struct Unit {
+  int64_t seq, first_row, end_row, first_key, end_key, head;
+  int64_t rows() const { return end_row - first_row; }
+  int64_t keys() const { return end_key - first_key; }
+};
+
+// What a unit found: a row's largest score, the sum of exp(score - largest), and the sum of those times the values.
+struct Partial {
+  float *largest, *total, *values;  // [rows], [rows], [rows, stride]
+  int64_t stride;
+};
+
+// The keys lo to hi that a row sees; of the new tokens only those in its tree, where there is one.
+struct Visible {
+  int64_t lo, hi, position, first_new;
+  const uint32_t* tree;
+  float slope;
+};
+
+LLMKERNELS_INLINE Visible visible(const AttentionCall& call, int64_t seq, int64_t head, int64_t row) {
+  const int64_t begin = call.cu_seqlens_q[seq], fresh = call.cu_seqlens_q[seq + 1] - begin;
+  const int64_t length = call.seq_lens[seq], token = row / call.group;
+  Visible seen{0, length, length - fresh + token, length - fresh, nullptr, 0};
+  if (call.tree_mask) seen.tree = call.tree_mask + (begin + token) * call.tree_words;
+  if (call.causal && !seen.tree) seen.hi = seen.position + 1;
+  if (call.left >= 0) seen.lo = most<int64_t>(0, seen.position - call.left);
+  if (call.right >= 0) seen.hi = least(seen.hi, seen.position + call.right + 1);
+  if (call.alibi_slopes) seen.slope = call.alibi_slopes[head * call.group + row % call.group];
+  return seen;
+}
+
+// Addresses of `count` consecutive keys or values of one head; false where the block table leaves the cache.
+template <class T>
+bool addresses(const AttentionCall& call, const Unit& unit, bool values, int64_t first, int64_t count, const T** to) {
+  const int64_t page_step = values ? call.v_page : call.k_page, slot_step = values ? call.v_slot : call.k_slot;
+  const T* cache = static_cast<const T*>(values ? call.v_cache : call.k_cache);
+  cache += unit.head * (values ? call.v_head : call.k_head);
+  const int32_t* table = call.block_table + unit.seq * call.table_stride;
+  int64_t slot = first % call.page_size;
+  for (int64_t page = first / call.page_size, i = 0; i < count; ++page, slot = 0) {
+    if (table[page] < 0 || table[page] >= call.pages) return false;
+    const T* row = cache + table[page] * page_step + slot * slot_step;
+    for (; slot < call.page_size && i < count; ++slot, row += slot_step) to[i++] = row;
+  }
+  return true;
+}
+
+template <class T>
+LLMKERNELS_INLINE void prefetch_row(const T* row, int64_t width) {
+  for (const char *line = reinterpret_cast<const char*>(row), *end = line + width * sizeof(T); line < end; line += 64)
+    __builtin_prefetch(line);
+}
+
+constexpr float kNothing = -INFINITY;
+
+// Products q . k of one row with the keys from `first` on become scores, those unseen -inf.  Returns the largest.
+// count is a multiple of kLanes; what stands behind the last key counts as unseen.
+LLMKERNELS_INLINE float finish_scores(const AttentionCall& call, const Visible& seen, float scale, int64_t first,
+                                      int64_t count, float* scores) {
+  if (call.soft_cap > 0) {
+    const Floats inner = broadcast(scale / call.soft_cap), cap = broadcast(call.soft_cap);
+    for (int64_t i = 0; i < count; i += kLanes) store(scores + i, cap * tanh(load(scores + i) * inner));
+  } else {
+    for (int64_t i = 0; i < count; i += kLanes) store(scores + i, load(scores + i) * broadcast(scale));
+  }
+  if (call.alibi_slopes)
+    for (int64_t i = 0; i < count; ++i) scores[i] += seen.slope * float(first + i - seen.position);
+  for (int64_t i = 0; i < least(count, seen.lo - first); ++i) scores[i] = kNothing;
+  for (int64_t i = most<int64_t>(0, seen.hi - first); i < count; ++i) scores[i] = kNothing;
+  if (seen.tree)
+    for (int64_t i = most<int64_t>(0, seen.first_new - first); i < least(count, seen.hi - first); ++i) {
+      const int64_t token = first + i - seen.first_new;
+      if (!(seen.tree[token / 32] >> (token % 32) & 1)) scores[i] = kNothing;
+    }
+  Floats top = broadcast(kNothing);
+  for (int64_t i = 0; i < count; i += kLanes) top = max(top, load(scores + i));
+  return largest(top);
+}
+
+// exp(score - largest) in `weights`, which may be the scores; returns their sum.
+template <class T>
+LLMKERNELS_INLINE float exponentials(const float* scores, int64_t count, float largest, T* weights) {
+  const Floats top = broadcast(largest == kNothing ? 0.0f : largest);
+  Floats total = zeros();
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats weight = exp(load(scores + i) - top);
+    store(weights + i, weight);
+    total = total + weight;
+  }
+  return sum(total);
+}
+
+// The address of a row's query, in elements of q.
+LLMKERNELS_INLINE int64_t query_offset(const AttentionCall& call, const Unit& unit, int64_t row) {
+  const int64_t token = call.cu_seqlens_q[unit.seq] + row / call.group;
+  return token * call.q_token + (unit.head * call.group + row % call.group) * call.q_head;
+}
+
+LLMKERNELS_INLINE float score_scale(const AttentionCall& call, int64_t head) {
+  return call.scale * (call.k_scale ? call.k_scale[call.scale_per_head ? head : 0] : 1.0f);
+}
+
+}  // namespace llmkernels::LLMKERNELS_ISA

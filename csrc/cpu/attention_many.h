@@ -1,0 +1,141 @@
+// A unit of many queries: prefill and MLA, bound by arithmetic.  Online softmax over tiles of kTileKeys keys:
+//
+//            dim              kTileKeys            v_dim
+//         +---------+         +------+          +---------+
+//   rows  |    Q    | x K^T = |  S   | -> P x V |    O    |      each row of O is first scaled by exp(old largest - new)
+//         +---------+         +------+          +---------+
+//
+// Queries, keys and values are repacked as cells (tile.h): float32, or pairs of bfloat16 where the processor multiplies
+// those.  Then the weights P are rounded to bfloat16, as every kernel on matrix units has it; their sum is not.
+// Flash attention: Dao 2023, https://arxiv.org/abs/2307.08691.
+#pragma once
+#include "cpu/attention_few.h"
+#include "cpu/tile.h"
+
+namespace llmkernels::LLMKERNELS_ISA {
+
+constexpr int64_t kManyRows = 192;  // Q, S and O of 128 channels: 250 KB, in a second-level cache
+constexpr int64_t kTileKeys = 64;
+
+template <class T>
+using CellsOf = std::conditional_t<kPairDot && std::is_same_v<T, bf16>, PairCells, FloatCells>;
+
+// An element of T or of a query as one of the cells' elements.
+template <class To, class From>
+LLMKERNELS_INLINE void convert(const From* from, int64_t n, To* to) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, n * sizeof(To));
+  } else {
+    each_vector(n, [&](int64_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
+  }
+}
+
+// Buffers of a unit, in one piece of memory.
+template <class T>
+struct ManyBuffers {
+  using Element = typename CellsOf<T>::Element;
+  static constexpr int kDepth = CellsOf<T>::kDepth;
+  int64_t depth, width;  // cells of a query, floats of a row of values
+  Element *queries, *keys, *values, *weights, *row;
+  float *scores, *rescale;
+  const T** list;
+  uintptr_t end;
+
+  ManyBuffers(const AttentionCall& call, char* memory)
+      : depth(ceil_div(call.dim, kDepth)), width(ceil_div(call.v_dim, kLanes) * kLanes), end(uintptr_t(memory)) {
+    take(queries, kManyRows * depth * kDepth);
+    take(keys, depth * kTileKeys * kDepth);
+    take(values, width * kTileKeys);
+    take(weights, kManyRows * kTileKeys);
+    take(row, depth * kDepth);
+    take(scores, kManyRows * kTileKeys);
+    take(rescale, kManyRows);
+    take(list, kTileKeys);
+  }
+  template <class X>
+  void take(X*& pointer, int64_t count) {
+    pointer = reinterpret_cast<X*>(end);
+    end += ceil_div(count * sizeof(X), 64) * 64;
+  }
+};
+
+// keys[d, j] = channel d of key j; a column behind the last key keeps what it held, and its score is never seen.
+template <class T>
+void pack_keys(const AttentionCall& call, const ManyBuffers<T>& to, int64_t count) {
+  constexpr int kDepth = ManyBuffers<T>::kDepth;
+  for (int64_t j = 0; j < count; ++j) {
+    convert(to.list[j], call.dim, to.row);
+    const uint32_t* cells = reinterpret_cast<const uint32_t*>(to.row);
+    uint32_t* column = reinterpret_cast<uint32_t*>(to.keys) + j;
+    for (int64_t d = 0; d < to.depth; ++d) column[d * kTileKeys] = cells[d];
+  }
+  static_assert(kDepth * sizeof(typename ManyBuffers<T>::Element) == sizeof(uint32_t));
+}
+
+// values[j, c], in pairs values[j / 2, c, j % 2]; rows behind the last are zero: their weight is, but 0 * NaN is not.
+template <class T>
+void pack_values(const AttentionCall& call, const ManyBuffers<T>& to, int64_t count) {
+  if constexpr (ManyBuffers<T>::kDepth == 1) {
+    for (int64_t j = 0; j < count; ++j) convert(to.list[j], call.v_dim, to.values + j * to.width);
+    for (float* at = to.values + count * to.width; at < to.values + kTileKeys * to.width; ++at) *at = 0;
+  } else {
+    for (int64_t j = 0; j < kTileKeys; j += 2) {
+      bf16* pair = to.values + j * to.width;
+      const bf16 none{0};
+      const bf16 *first = to.list[j], *second = to.list[j + 1 < count ? j + 1 : j];
+      if (j + 1 < count) {
+        for (int64_t c = 0; c < call.v_dim; ++c) pair[2 * c] = first[c], pair[2 * c + 1] = second[c];
+      } else {
+        for (int64_t c = 0; c < call.v_dim; ++c) pair[2 * c] = j < count ? first[c] : none, pair[2 * c + 1] = none;
+      }
+    }
+  }
+}
+
+template <class T>
+Status attend_many(const AttentionCall& call, const Unit& unit, char* memory, Partial found) {
+  using Cells = CellsOf<T>;
+  using Element = typename Cells::Element;
+  constexpr int kDepth = Cells::kDepth;
+  const ManyBuffers<T> to(call, memory);
+  const int64_t rows = unit.rows();
+  const float scale = score_scale(call, unit.head);
+
+  for (int64_t d = call.dim; d < to.depth * kDepth; ++d) to.row[d] = Element{};
+  for (int64_t r = 0; r < rows; ++r) {
+    Element* query = to.queries + r * to.depth * kDepth;
+    query[to.depth * kDepth - 1] = Element{};
+    with_float(call.q_dtype, [&](auto element) {
+      const auto* q = static_cast<const decltype(element)*>(call.q);
+      convert(q + query_offset(call, unit, unit.first_row + r), call.dim, query);
+      return kOk;
+    });
+    found.largest[r] = kNothing;
+    found.total[r] = 0;
+    for (int64_t i = 0; i < to.width; i += kLanes) store(found.values + r * found.stride + i, zeros());
+  }
+  for (int64_t first = unit.first_key; first < unit.end_key; first += kTileKeys) {
+    const int64_t count = least(kTileKeys, unit.end_key - first);
+    if (!addresses(call, unit, false, first, count, to.list)) return kBadIndex;
+    pack_keys(call, to, count);
+    multiply<Cells>(rows, kTileKeys, to.queries, to.depth, to.keys, kTileKeys, to.depth, nullptr, to.scores, kTileKeys);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* scores = to.scores + r * kTileKeys;
+      Visible seen = visible(call, unit.seq, unit.head, unit.first_row + r);
+      seen.hi = least(seen.hi, first + count);
+      const float before = found.largest[r];
+      const float top = most(before, finish_scores(call, seen, scale, first, kTileKeys, scores));
+      const float fade = before == kNothing ? 0.0f : expf(before - top);
+      found.largest[r] = top;
+      found.total[r] = fade * found.total[r] + exponentials(scores, kTileKeys, top, to.weights + r * kTileKeys);
+      to.rescale[r] = fade;
+    }
+    if (!addresses(call, unit, true, first, count, to.list)) return kBadIndex;
+    pack_values(call, to, count);
+    multiply<Cells>(rows, to.width, to.weights, kTileKeys / kDepth, to.values, to.width, kTileKeys / kDepth, to.rescale,
+                    found.values, found.stride);
+  }
+  return kOk;
+}
+
+}  // namespace llmkernels::LLMKERNELS_ISA

@@ -1,0 +1,256 @@
+// A panel is 64 output channels.  Here: one panel times a few rows of x, for every way in which weights are stored.
+//
+//   int4, fp4     [panels][columns / 8][64 channels] words: column i of eight in bits 4i .. 4i+3
+//   bytes         [panels][columns][64 channels]                  int8 and e4m3 that are read as numbers
+//   quads         [panels][columns / 4][64 channels][4 columns]   int8 that meets int8
+//
+// so that a load gives neighbouring channels and a panel is one stream through memory.  A chunk is the columns that share
+// a scale, at most 128.  Its products are summed on their own, in registers, and then scaled and added up in float32:
+//
+//   total[row][channel] += scale[channel] * factor[row] * (sum over the chunk of (code - zero) * x)
+//
+// A `Source` reads one storage for one way of multiplying:
+//   Input, kColumns, kOrder    elements of x, how many of them meet one part, how eight are ordered in memory
+//   kParts, kBytes             parts in a load; bytes that one load of all 64 channels covers
+//   kOffset, kLazy             offset = zero + kOffset is taken off the codes: by part(), or (lazy) from the sum
+#pragma once
+#include "cpu/gemm_codes.h"
+
+namespace llmkernels::LLMKERNELS_ISA {
+
+constexpr int kPanel = 64;
+constexpr int kVectors = kPanel / kLanes;
+constexpr int kChunk = 128;     // columns whose decoded panel, 32 KiB of float32, stays in the nearest caches
+constexpr int kAhead = 4096;    // bytes that weights are asked for before they are needed: a panel is one stream
+constexpr int kInOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr int kInHalves[8] = {0, 4, 1, 5, 2, 6, 3, 7};    // nibbles i and i + 4 are the halves of a lane
+constexpr int kEvenFirst[8] = {0, 2, 4, 6, 1, 3, 5, 7};   // low nibbles of bytes, then high ones
+
+LLMKERNELS_INLINE Floats product(Floats sum, Floats w, const float* x) { return fma(w, broadcast(*x), sum); }
+LLMKERNELS_INLINE Floats product(Floats sum, Pairs w, const bf16* x) { return dot(w, broadcast_pair(x), sum); }
+LLMKERNELS_INLINE Words product(Words sum, Bytes w, const int8_t* x) { return dot(sum, w, x); }
+LLMKERNELS_INLINE Words product(Words sum, Quads w, const QuadInput* x) { return dot(sum, w, x); }
+LLMKERNELS_INLINE Floats floats(Floats x) { return x; }
+
+// Where the weights of a chunk begin, and what is taken off each of their channels.
+struct Stored {
+  const uint8_t* values;
+  const float* offsets;  // [64]
+};
+// A load of one word, four columns or eight, for each channel of a vector.
+struct StoredWords : Stored {
+  static constexpr int kBytes = 4 * kPanel;
+  LLMKERNELS_INLINE Words word_at(int64_t step, int vector) const {
+    const uint8_t* at = values + step * kBytes + vector * 4 * kLanes;
+    __builtin_prefetch(at + kAhead);
+    return load_words(at);
+  }
+};
+
+struct Int4Floats : StoredWords {
+  using Input = float;
+  using Sum = Floats;
+  static constexpr int kColumns = 1, kParts = 8;
+  static constexpr const int* kOrder = kInOrder;
+  static constexpr bool kLazy = false;
+  static constexpr float kOffset = kTwo23;
+  LLMKERNELS_INLINE Words load_at(int64_t step, int vector) const { return word_at(step, vector); }
+  LLMKERNELS_INLINE Floats part(Words w, int i, int vector) const {
+    return nibble(w, i, load(offsets + vector * kLanes));
+  }
+};
+
+struct Fp4Floats : StoredWords {
+  using Input = float;
+  using Sum = Floats;
+  static constexpr int kColumns = 1, kParts = 8;
+  static constexpr const int* kOrder = kInOrder;
+  static constexpr bool kLazy = false;
+  static constexpr float kOffset = 0;
+  LLMKERNELS_INLINE Words load_at(int64_t step, int vector) const { return word_at(step, vector); }
+  LLMKERNELS_INLINE Floats part(Words w, int i, int) const { return fp4(w, i); }
+};
+
+template <class T>  // int8_t, e4m3, or float: a panel that was decoded
+struct ColumnFloats : Stored {
+  using Input = float;
+  using Sum = Floats;
+  static constexpr int kColumns = 1, kParts = 1, kBytes = kPanel * sizeof(T);
+  static constexpr const int* kOrder = kInOrder;
+  static constexpr bool kLazy = false;
+  static constexpr float kOffset = 0;
+  LLMKERNELS_INLINE Floats load_at(int64_t step, int vector) const {
+    const T* at = reinterpret_cast<const T*>(values + step * kBytes) + vector * kLanes;
+    if constexpr (sizeof(T) == 1) {
+      __builtin_prefetch(reinterpret_cast<const uint8_t*>(at) + kAhead);
+      return load_codes(at) - load(offsets + vector * kLanes);
+    } else {
+      return load(at);
+    }
+  }
+  LLMKERNELS_INLINE Floats part(Floats w, int, int) const { return w; }
+};
+
+struct Int4Bytes : StoredWords {
+  using Input = int8_t;
+  using Sum = Words;
+  static constexpr int kColumns = 8, kParts = 1;
+  static constexpr const int* kOrder = kEvenFirst;
+  static constexpr bool kLazy = true;
+  static constexpr float kOffset = 0;
+  LLMKERNELS_INLINE Bytes load_at(int64_t step, int vector) const { return nibble_bytes(word_at(step, vector)); }
+  LLMKERNELS_INLINE Bytes part(Bytes w, int, int) const { return w; }
+};
+
+struct Int8Quads : StoredWords {
+  using Input = QuadInput;
+  using Sum = Words;
+  static constexpr int kColumns = 4, kParts = 1;
+  static constexpr const int* kOrder = kQuadOrder;
+  static constexpr bool kLazy = true;
+  static constexpr float kOffset = kQuadBias;
+  LLMKERNELS_INLINE Quads load_at(int64_t step, int vector) const { return quads(word_at(step, vector)); }
+  LLMKERNELS_INLINE Quads part(Quads w, int, int) const { return w; }
+};
+
+struct PanelPairs : Stored {
+  using Input = bf16;
+  using Sum = Floats;
+  static constexpr int kColumns = 2, kParts = 1, kBytes = 2 * kPanel * sizeof(bf16);
+  LLMKERNELS_INLINE Pairs load_at(int64_t step, int vector) const {
+    return load_pairs(reinterpret_cast<const bf16*>(values + step * kBytes) + vector * 2 * kLanes);
+  }
+  LLMKERNELS_INLINE Pairs part(Pairs w, int, int) const { return w; }
+};
+
+#if defined(__AVX512BF16__)
+template <bool Integers>  // int4, or e2m1
+struct NibblePairs : StoredWords {
+  using Input = bf16;
+  using Sum = Floats;
+  static constexpr int kColumns = 2, kParts = 4;
+  static constexpr const int* kOrder = kInHalves;
+  static constexpr bool kLazy = Integers;
+  static constexpr float kOffset = -8;  // the table has taken 8 off already
+  CodeTable table = code_table(Integers);
+  explicit NibblePairs(Stored stored) : StoredWords{stored} {}
+  LLMKERNELS_INLINE Words load_at(int64_t step, int vector) const { return word_at(step, vector); }
+  LLMKERNELS_INLINE Pairs part(Words w, int i, int) const { return nibble_pairs(w, i, table); }
+};
+
+template <class T>  // int8_t or e4m3
+struct ColumnPairs : Stored {
+  using Input = bf16;
+  using Sum = Floats;
+  static constexpr int kColumns = 2, kParts = 1, kBytes = 2 * kPanel * sizeof(T);
+  static constexpr const int* kOrder = kInOrder;
+  static constexpr bool kLazy = false;
+  static constexpr float kOffset = 0;
+  LLMKERNELS_INLINE Pairs load_at(int64_t step, int vector) const {
+    const T* at = reinterpret_cast<const T*>(values + step * kBytes) + vector * kLanes;
+    __builtin_prefetch(reinterpret_cast<const uint8_t*>(at) + kAhead);
+    const Floats offset = load(offsets + vector * kLanes);
+    return exact_pairs(load_codes(at) - offset, load_codes(at + kPanel) - offset);
+  }
+  LLMKERNELS_INLINE Pairs part(Pairs w, int, int) const { return w; }
+};
+#endif
+
+// What turns the sums of a chunk into parts of the result.
+struct Scaling {
+  const float* scales;   // [64] channels
+  const float* offsets;  // [64] channels; used where the source is lazy
+  const float* factors;  // of row i at i * stride
+  const float* sums;     // sum of the row's x over the chunk, likewise
+  int64_t stride;
+};
+
+// totals[Rows][64] += scaled products of `steps` loads; x[Rows] lie `x_stride` apart.
+template <int Rows, bool Lazy, class Source>
+LLMKERNELS_INLINE void multiply_rows(const Source& source, const typename Source::Input* x, int64_t x_stride, int64_t steps,
+                                     const Scaling& scaling, float* totals) {
+  constexpr int kSums = kRegisters == 32 ? 24 : 12;  // registers that hold sums; the others hold codes and x
+  constexpr int kFit = kSums / Rows;
+  constexpr int kAtOnce = least(kVectors, kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1);
+  for (int first = 0; first < kVectors; first += kAtOnce) {
+    typename Source::Sum sum[Rows][kAtOnce] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+      const typename Source::Input* at = x + step * (Source::kParts * Source::kColumns);
+#pragma GCC unroll 8
+      for (int v = 0; v < kAtOnce; ++v) {
+        const auto loaded = source.load_at(step, first + v);
+#pragma GCC unroll 8
+        for (int i = 0; i < Source::kParts; ++i) {
+          const auto w = source.part(loaded, i, first + v);
+#pragma GCC unroll 8
+          for (int row = 0; row < Rows; ++row)
+            sum[row][v] = product(sum[row][v], w, at + row * x_stride + i * Source::kColumns);
+        }
+      }
+    }
+    for (int row = 0; row < Rows; ++row) {
+      const Floats factor = broadcast(scaling.factors[row * scaling.stride]);
+      for (int v = 0; v < kAtOnce; ++v) {
+        const int channel = (first + v) * kLanes;
+        Floats value = floats(sum[row][v]);
+        if constexpr (Lazy)
+          value = fma(load(scaling.offsets + channel), broadcast(-scaling.sums[row * scaling.stride]), value);
+        float* total = totals + row * kPanel + channel;
+        store(total, fma(value, load(scaling.scales + channel) * factor, load(total)));
+      }
+    }
+  }
+}
+
+template <int Most, bool Lazy, class Source>
+LLMKERNELS_INLINE void multiply_most(const Source& source, const typename Source::Input* x, int64_t x_stride, int rows,
+                                     int64_t steps, Scaling scaling, float* totals) {
+  if constexpr (Most > 0) {
+    for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel) {
+      multiply_rows<Most, Lazy>(source, x, x_stride, steps, scaling, totals);
+      scaling.factors += Most * scaling.stride;
+      scaling.sums += Most * scaling.stride;
+    }
+    multiply_most<Most - 1, Lazy>(source, x, x_stride, rows, steps, scaling, totals);
+  }
+}
+
+// The decoded form of a chunk: what part() gives, one after the other.
+LLMKERNELS_INLINE ColumnFloats<float> panel_of(Floats, const uint8_t* panel) { return {{panel, nullptr}}; }
+LLMKERNELS_INLINE PanelPairs panel_of(Pairs, const uint8_t* panel) { return {{panel, nullptr}}; }
+LLMKERNELS_INLINE void store_part_at(uint8_t* panel, int64_t part, int vector, Floats w) {
+  store(reinterpret_cast<float*>(panel) + part * kPanel + vector * kLanes, w);
+}
+LLMKERNELS_INLINE void store_part_at(uint8_t* panel, int64_t part, int vector, Pairs w) {
+  std::memcpy(panel + (part * kPanel + vector * kLanes) * sizeof(Pairs) / kLanes, &w, sizeof(w));
+}
+
+template <class Source>
+void decode(const Source& source, int64_t steps, uint8_t* panel) {
+  for (int64_t step = 0; step < steps; ++step)
+    for (int v = 0; v < kVectors; ++v) {
+      const auto loaded = source.load_at(step, v);
+#pragma GCC unroll 8
+      for (int i = 0; i < Source::kParts; ++i)
+        store_part_at(panel, step * Source::kParts + i, v, source.part(loaded, i, v));
+    }
+}
+
+// totals[rows][64] += one chunk's products.  Few rows multiply what is decoded in registers; for more it is decoded once,
+// into `scratch` (kChunk * 64 floats).  The sums are the same, bit for bit.
+template <class Source>
+void multiply_chunk(const Source& source, const typename Source::Input* x, int64_t x_stride, int rows, int64_t columns,
+                    const Scaling& scaling, float* totals, uint8_t* scratch) {
+  constexpr int kFew = 4, kMany = 6;
+  constexpr bool kLazy = Source::kLazy, kIntegers = __is_same(typename Source::Sum, Words);
+  const int64_t steps = columns / (Source::kParts * Source::kColumns);
+  if (kIntegers || rows <= kFew) {
+    multiply_most<kFew, kLazy>(source, x, x_stride, rows, steps, scaling, totals);
+  } else if constexpr (!kIntegers) {
+    decode(source, steps, scratch);
+    const auto panel = panel_of(source.part(source.load_at(0, 0), 0, 0), scratch);
+    multiply_most<kMany, kLazy>(panel, x, x_stride, rows, columns / Source::kColumns, scaling, totals);
+  }
+}
+
+}  // namespace llmkernels::LLMKERNELS_ISA

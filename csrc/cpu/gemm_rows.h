@@ -1,0 +1,129 @@
+// Rows of x on their way into a product: residual, norm, act-order, rounding, and the order in which weights want them.
+#pragma once
+#include "cpu/gemm_panel.h"
+#include "cpu/parallel.h"
+#include "cpu/table.h"
+
+namespace llmkernels::LLMKERNELS_ISA {
+
+// Rows that are ready, in chunks: x[row][padded], then for each row and chunk the factor that undoes the rounding, and
+// the sum of its x.  What lies beyond the last column is zeros.
+template <class Input>
+struct Rows {
+  Input* x;
+  float* factors;  // [rows][chunks]
+  float* sums;     // [rows][chunks]
+  int64_t padded;  // columns, a multiple of 8
+  int64_t chunks;
+
+  static int64_t bytes(int64_t rows, int64_t padded, int64_t chunks) {
+    return rows * (padded * int64_t(sizeof(Input)) + 2 * chunks * int64_t(sizeof(float))) + 64;
+  }
+  static Rows in(void* memory, int64_t rows, int64_t padded, int64_t chunks) {
+    float* factors = static_cast<float*>(memory);  // in front: the vectors of x may be read a little beyond its end
+    float* sums = factors + rows * chunks;
+    return {reinterpret_cast<Input*>(sums + rows * chunks), factors, sums, padded, chunks};
+  }
+};
+
+// x + residual, kept where asked for: s[columns] and zeros up to the next 8.
+template <class T>
+void add_residual(const GemmCall& call, int64_t row, float* s) {
+  const T* x = static_cast<const T*>(call.x) + row * call.x_stride;
+  const T* residual = call.residual ? static_cast<const T*>(call.residual) + row * call.residual_stride : nullptr;
+  T* kept = call.residual_out ? static_cast<T*>(call.residual_out) + row * call.columns : nullptr;
+  each_vector(call.columns, [&](int64_t i, auto n) {
+    Floats value = load(x + i, n);
+    if (residual) value += load(residual + i, n);
+    if (kept) store(kept + i, value, n);
+    store(s + i, value, n);
+  });
+}
+
+template <class T>
+void normalize(const GemmCall& call, float* s) {
+  const int64_t columns = call.columns;
+  const T* gain = static_cast<const T*>(call.norm_weight);
+  const T* bias = static_cast<const T*>(call.norm_bias);
+  Floats mean = zeros(), squares[2] = {zeros(), zeros()};
+  if (call.norm == kLayerNorm) {
+    each_vector(columns, [&](int64_t i, auto n) { mean += load(s + i, n); });
+    mean = broadcast(sum(mean) / float(columns));
+    each_vector(columns, [&](int64_t i, auto n) { store(s + i, load(s + i, n) - mean, n); });
+  }
+  each_vector(columns, [&](int64_t i, auto n) {
+    const Floats value = load(s + i, n);
+    Floats& part = squares[i / kLanes % 2];
+    part = fma(value, value, part);
+  });
+  const Floats factor = broadcast(1.0f / __builtin_sqrtf(sum(squares[0] + squares[1]) / float(columns) + call.eps));
+  each_vector(columns, [&](int64_t i, auto n) {
+    Floats value = load(s + i, n) * factor;
+    if (gain) value *= load(gain + i, n);
+    if (bias) value += load(bias + i, n);
+    store(s + i, value, n);
+  });
+}
+
+// Rounds columns first .. first + count to the levels of `rounding`, and returns what they are to be multiplied by again.
+// A NaN or an infinity makes that NaN, and the levels 0.
+inline float round_span(const GemmCall& call, float* s, int64_t count) {
+  Floats peaks = zeros(), check = zeros();
+  each_vector(count, [&](int64_t i, auto n) {
+    const Floats value = load(s + i, n);
+    peaks = max(peaks, max(value, -value));
+    check = fma(value, zeros(), check);  // NaN where the value is not finite
+  });
+  const float levels = call.rounding == kToInt8 ? 127.0f : 448.0f, lowest = call.rounding == kToInt8 ? -128.0f : -448.0f;
+  const bool finite = sum(check) == 0.0f;
+  float scale = call.input_scale ? *call.input_scale : largest(peaks) / levels;
+  if (!call.input_scale && scale < 0x1p-126f) scale = 1.0f;
+  each_vector(count, [&](int64_t i, auto n) {
+    if (!finite) return store(s + i, zeros(), n);
+    const Floats ratio = min(broadcast(levels), max(broadcast(lowest), load(s + i, n) / broadcast(scale)));
+    store(s + i, call.rounding == kToInt8 ? round(ratio) : round_e4m3(ratio), n);
+  });
+  return finite ? scale : __builtin_nanf("");
+}
+
+template <class Input>
+LLMKERNELS_INLINE Input encoded(float value) {
+  if constexpr (__is_same(Input, float) || __is_same(Input, bf16)) {
+    return narrow<Input>(value);
+  } else {
+    return Input(value);  // a whole number
+  }
+}
+
+// One row, from the arrays of the call to `rows`.  `work` is two rows of float32.
+template <class Source, class T>
+void prepare_row(const GemmCall& call, int64_t row, int64_t chunk, const Rows<typename Source::Input>& rows, int64_t into,
+                 float* work) {
+  using Input = typename Source::Input;
+  float* s = work;
+  add_residual<T>(call, row, s);
+  if (call.norm != kNoNorm) normalize<T>(call, s);
+  float* stored = call.permutation ? work + rows.padded : s;
+  if (call.permutation)
+    for (int64_t i = 0; i < call.columns; ++i) stored[i] = s[call.permutation[i]];
+  for (int64_t i = call.columns; i < rows.padded; ++i) stored[i] = 0;
+
+  float whole = 1.0f;
+  if (call.rounding != kNoRounding && !call.rounding_group) whole = round_span(call, stored, call.columns);
+  Input* x = rows.x + into * rows.padded;
+  for (int64_t c = 0; c < rows.chunks; ++c) {
+    const int64_t first = c * chunk, end = least(first + chunk, call.columns);
+    float factor = whole;
+    if (call.rounding_group) factor = round_span(call, stored + first, end - first);
+    float total = 0;
+    for (int64_t block = first; block < end; block += 8)
+      for (int i = 0; i < 8; ++i) {
+        x[block + i] = encoded<Input>(stored[block + Source::kOrder[i]]);
+        total += widened(x[block + i]);
+      }
+    rows.factors[into * rows.chunks + c] = factor;
+    rows.sums[into * rows.chunks + c] = total;
+  }
+}
+
+}  // namespace llmkernels::LLMKERNELS_ISA
