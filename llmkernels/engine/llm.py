@@ -104,7 +104,8 @@ class LLM:
         max_sequences: int = 64,
         max_length: int | None = None,
     ):
-        for name, size in (("page_size", page_size), ("kv_cache_pages", kv_cache_pages), ("max_length", max_length)):
+        sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
+        for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} is {size}; give at least 1")
         checkpoint = Checkpoint(shipped_model() if model_path is None else model_path)
@@ -197,12 +198,15 @@ class LLM:
     def _follow(self, output: Output) -> Iterator[Delta]:
         sent = 0
         try:
-            while output.finish_reason is None:
-                self.step()
-                if len(output.text) > sent or output.finish_reason:
-                    delta = Delta(output.text[sent:], output)
-                    sent = len(output.text)
-                    yield delta
+            while True:
+                finished = output.finish_reason is not None  # maybe by another stream's steps
+                if finished or len(output.text) > sent:
+                    piece, sent = output.text[sent:], len(output.text)
+                    yield Delta(piece, output)
+                    if finished:
+                        return
+                else:
+                    self.step()
         finally:
             self.abort(output)
 

@@ -129,8 +129,8 @@ class Scheduler:
                     self._finish(sequence, "length")
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget a sequence, at any time; nothing happens to a finished one."""
-        if sequence.finish_reason is None:
+        """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
+        if sequence in self.running or sequence in self.waiting:
             self._finish(sequence, "abort")
 
     def _reserve(self, sequence: Sequence) -> bool:

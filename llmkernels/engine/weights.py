@@ -209,8 +209,14 @@ def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, framework="pt")
+        tensors = safe_open(file, framework="pt")  # checks that sizes, offsets and the file's length agree
+        with file.open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; the index names it: download the checkpoint again") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}; download it again") from None
+    names = [name for name, _ in json.loads(header, object_pairs_hook=list)]
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{file} is not a whole safetensors file: a name is there twice; download it again")
+    return tensors
