@@ -25,8 +25,8 @@ def quantize(
 
     over the columns, rows or blocks that share a scale.  Ties go to even.  Where all of them are 0, or so small that
     the scale would be below the smallest normal number, the scale is 1 and q is 0.  No value is off by more than half
-    the step to its neighbour (in fp8 and mxfp4 steps grow with the value), and quantizing what was dequantized changes
-    nothing beyond the rounding of scales.
+    the step to its neighbour (in fp8 and mxfp4 steps grow with the value).  With float32 scales, quantizing what was
+    dequantized changes nothing.
 
     Args:
         weight: [out, in], float, on any device.
