@@ -9,6 +9,7 @@ Measured once for a device, a number of threads and a torch version, then kept i
 
 import functools
 import itertools
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +98,7 @@ def measure(device: str = "cpu", *, fresh: bool = False, say: Callable[[str], No
     """The ceilings of `device`: from the cache, or measured now, which takes some seconds.
 
     Args:
-        fresh: measure even if the cache knows.
+        fresh: measure again, and raise what the cache knows where more was reached.
         say: told what is being measured.
     """
     import torch
@@ -111,10 +112,16 @@ def measure(device: str = "cpu", *, fresh: bool = False, say: Callable[[str], No
         best = _gpu_best if device.startswith("cuda") else _cpu_best
         bandwidth = dict(_bandwidth(device, best, say))
         rates = dict(_rates(device, best, say))
+        if key in known:  # what was reached once can be reached: a busy machine lowers no ceiling
+            bandwidth, rates = _higher(bandwidth, known[key]["bandwidth"]), _higher(rates, known[key]["rates"])
         found = Ceilings(name, threads, bandwidth, rates, time.strftime("%Y-%m-%d"))
         known = cache_folder.load(NAME) | {key: found.json()}
         cache_folder.store(NAME, known)
     return Ceilings(**known[key])
+
+
+def _higher(new: Mapping[str, float], old: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(new.get(name, 0.0), old.get(name, 0.0)) for name in (*old, *new)}
 
 
 def check_device(device: str) -> None:
@@ -228,3 +235,13 @@ def _gpu_best(run: Callable, repeats: int = 10) -> float:
         mark.record()
     torch.cuda.synchronize()
     return min(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
+
+
+def with_unit(value: float, unit: str) -> str:
+    """1234567.0, 'B/s' -> '1.23 MB/s'; seconds come out as ns, us, ms or s."""
+    if value == 0:
+        return f"0 {unit}"
+    prefixes = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "m": -3, "u": -6, "n": -9}
+    exponent = min(max(math.floor(math.log10(abs(value)) / 3) * 3, -9), 15)
+    prefix = next(name for name, power in prefixes.items() if power == exponent)
+    return f"{value / 10.0**exponent:.3g} {prefix}{unit}"

@@ -66,13 +66,3 @@ def progress(what: str, total: int | None = None) -> Iterator[tuple["Progress", 
     ]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         yield bar, bar.add_task(what, total=total)
-
-
-def with_unit(value: float, unit: str) -> str:
-    """1234567.0, 'B/s' -> '1.23 MB/s'; seconds come out as ns, us, ms or s."""
-    if value == 0:
-        return f"0 {unit}"
-    prefixes = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "m": -3, "u": -6, "n": -9}
-    exponent = min(max(math.floor(math.log10(abs(value)) / 3) * 3, -9), 15)
-    prefix = next(name for name, power in prefixes.items() if power == exponent)
-    return f"{value / 10.0**exponent:.3g} {prefix}{unit}"

@@ -1,0 +1,197 @@
+"""How fast: every backend's time for a call, beside what the device could do and what other libraries take.
+
+    for line in bench.measure("cpu", op="rms_norm", peers=True):
+        print(line)
+
+A call is timed only after its answer was checked against the float64 oracle, and so is a peer's.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+from llmkernels import ops as _ops  # noqa: F401  declares them
+from llmkernels import registry, status
+from llmkernels.bench import peers as others
+from llmkernels.bench.cases import timed
+from llmkernels.bench.dispatch import overhead
+from llmkernels.bench.subject import PEER_SLACK, Subject, as_jax, bound
+from llmkernels.bench.timing import copies, seconds
+from llmkernels.discovery import REFERENCE, Unsupported, absent, backends, implementation, package
+from llmkernels.inputs import inputs
+from llmkernels.roofline import Ceilings
+from llmkernels.settings import use
+
+BUDGET, QUICK_BUDGET = 0.6, 0.1  # seconds spent on each time
+PLATFORM = "vendor"  # what the platform's own libraries take is every other backend's peer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call on one backend.  Times are seconds; ratio_to_best_peer above 1 means faster than every peer."""
+
+    op: str
+    backend: str
+    dtype: str
+    case: str
+    seconds: float
+    limit_seconds: float
+    percent_of_limit: float
+    peers: dict[str, float]
+    ratio_to_best_peer: float | None
+    dispatch_seconds: float
+    parity_error: float
+    tolerance: float
+    bytes: float
+    operations: float
+    arithmetic: str
+    recorded: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
+
+
+@dataclass(frozen=True)
+class NotTimed:
+    """A call that was refused, or answered wrongly, and so was not timed."""
+
+    op: str
+    backend: str
+    dtype: str
+    case: str
+    why: str
+
+
+def subjects(
+    device: str,
+    op: str | None = None,
+    dtype: str | None = None,
+    quick: bool = False,
+    seen: Callable = lambda text: None,
+) -> Iterator[Subject]:
+    """The calls worth timing on this device.  ValueError for an op or dtype that there is not."""
+    for entry in [registry.get(op)] if op else registry.OPS.values():
+        contract = entry.contract
+        if dtype not in (None, *contract.dtypes):
+            raise ValueError(f"dtype is {dtype!r}; {contract.name} takes {', '.join(contract.dtypes)}")
+        for case in timed(contract.name, device, quick):
+            for kind in [dtype] if dtype else DTYPES["cuda" if device.startswith("cuda") else "cpu"]:
+                seen(f"{contract.name} {kind} {case.name}")
+                yield Subject(contract, case.name, kind, inputs(contract, case, kind, device), device)
+
+
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+
+
+def measure(
+    ceilings: Ceilings, calls: Iterable[Subject], backend: str | None = None, peers: bool = False, quick: bool = False
+) -> Iterator[Row | NotTimed]:
+    """Time each call on `backend`, or on every backend with a kernel for it; with `peers`, on other libraries too."""
+    budget = QUICK_BUDGET if quick else BUDGET
+    for subject in calls:
+        times: dict[str, tuple[float, float, float]] = {}
+        for name in [backend] if backend else candidates(subject.contract.name):
+            told = _time(subject, name, budget)
+            if isinstance(told, str):
+                yield NotTimed(subject.contract.name, name, subject.dtype, subject.case, told)
+            else:
+                times[name] = told
+        rivals: dict[str, float] = {}
+        for name, prepare in others.peers(subject.contract.name, quick) if peers and times else ():
+            answer = _time_peer(subject, prepare, budget)
+            if isinstance(answer, str):
+                yield NotTimed(subject.contract.name, name, subject.dtype, subject.case, answer)
+            elif answer is not None:
+                rivals[name] = answer
+        for name, took in times.items():
+            yield _row(subject, name, took, rivals | _platform(times, name), ceilings)
+
+
+def candidates(op: str) -> list[str]:
+    """The backends that have a kernel for `op` and can be used here; the reference where there is none."""
+    return [b for b in backends() if not absent(b) and implementation(b, op)] or [REFERENCE]
+
+
+def report(ceilings: Ceilings, lines: Iterable[Row | NotTimed]) -> dict[str, Any]:
+    """What `llmkernels bench --json` writes."""
+    lines = list(lines)
+    return {
+        "device": ceilings.device,
+        "ceilings": ceilings.json(),
+        "versions": status.versions(),
+        "rows": [asdict(line) for line in lines if isinstance(line, Row)],
+        "not_timed": [asdict(line) for line in lines if isinstance(line, NotTimed)],
+    }
+
+
+def _time(subject: Subject, backend: str, budget: float) -> tuple[float, float, float] | str:
+    """(seconds, parity error, tolerance), or why the call was not timed."""
+    arrays = "torch" if backend == REFERENCE else package(backend).ARRAYS[0]
+    call = subject.copy()
+    call = as_jax(call) if arrays == "jax" else call
+    try:
+        with use(policy="silent", verify=False):
+            run = registry.get(subject.contract.name).choose(call, backend).run
+    except Unsupported as error:
+        return "refused: " + "; ".join(str(reason) for reason in error.refusals[backend])
+    wrong, error_, tolerance = subject.judge(subject.answers(run, call, arrays))
+    if wrong:
+        return f"fails parity: {wrong}"
+    if arrays == "jax":
+        import jax
+
+        runs = [
+            partial(_wait, jax, bound(subject.contract, run, as_jax(subject.copy()))) for _ in range(copies(subject))
+        ]
+        return seconds(runs, "cpu", budget), error_, tolerance
+    runs = [bound(subject.contract, run, subject.copy()) for _ in range(copies(subject))]
+    return seconds(runs, subject.device, budget), error_, tolerance
+
+
+def _wait(jax: Any, run: Callable[[], Any]) -> Any:
+    return jax.block_until_ready(run())
+
+
+def _time_peer(subject: Subject, prepare: others.Prepare, budget: float) -> float | str | None:
+    """Seconds, or why a peer that tried was not timed; None for a peer that has no answer to this call."""
+    call = subject.copy()
+    run = prepare(call)
+    if run is None:
+        return None
+    wrong, _, _ = subject.judge(subject.answers(lambda *_, **__: run(), call), PEER_SLACK)
+    if wrong:
+        return f"fails parity: {wrong}"
+    runs = [made for _ in range(copies(subject)) if (made := prepare(subject.copy()))]
+    return seconds(runs, subject.device, budget)
+
+
+def _platform(times: dict[str, tuple[float, float, float]], backend: str) -> dict[str, float]:
+    return {f"backend {PLATFORM}": times[PLATFORM][0]} if PLATFORM in times and backend != PLATFORM else {}
+
+
+def _row(
+    subject: Subject,
+    backend: str,
+    took: tuple[float, float, float],
+    peers: dict[str, float],
+    ceilings: Ceilings,
+) -> Row:
+    time_, error, tolerance = took
+    limit = ceilings.seconds(subject.cost, subject.arithmetic)
+    ratio = min(peers.values()) / time_ if peers else None
+    return Row(
+        op=subject.contract.name,
+        backend=backend,
+        dtype=subject.dtype,
+        case=subject.case,
+        seconds=time_,
+        limit_seconds=limit,
+        percent_of_limit=100 * limit / time_,
+        peers=peers,
+        ratio_to_best_peer=ratio,
+        dispatch_seconds=overhead(subject.contract.name, subject.dtype, subject.device).dispatch_seconds,
+        parity_error=error,
+        tolerance=tolerance,
+        bytes=subject.cost.bytes,
+        operations=subject.cost.operations,
+        arithmetic=subject.arithmetic,
+    )

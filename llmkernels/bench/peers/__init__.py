@@ -1,0 +1,61 @@
+"""What other libraries make of the same call, so that a time has something to be compared with.
+
+A peer is `prepare(call) -> run`, or None where it cannot answer: prepare may repack and plan, run takes no argument, is
+timed, and returns what the contract says.  Its answer is checked like a backend's, with some slack for other roundings.
+Peers that need a package come into play where that package is importable.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from importlib import import_module, util
+from typing import Any
+
+Call = Mapping[str, Any]
+Prepare = Callable[[Call], Callable[[], Any] | None]
+
+MODULES = ("small_ops", "attention", "gemm", "flashinfer", "onnxruntime")
+PEERS: dict[str, dict[str, Prepare]] = {}
+SLOW = ("torch.compile",)  # seconds of preparation for every shape: left out of quick runs
+
+
+def peers(op: str, quick: bool = False) -> Iterator[tuple[str, Prepare]]:
+    """The peers of `op` that are installed here."""
+    for module in MODULES:
+        import_module(f"{__name__}.{module}")
+    for name, prepare in PEERS.get(op, {}).items():
+        if not (quick and name in SLOW):
+            yield name, prepare
+
+
+def peer(op: str, name: str, needs: str | None = None) -> Callable[[Prepare], Prepare]:
+    """Register the decorated `prepare` as a peer of `op`, if the package it needs is there."""
+
+    def register(prepare: Prepare) -> Prepare:
+        if needs is None or util.find_spec(needs):
+            PEERS.setdefault(op, {})[name] = prepare
+        return prepare
+
+    return register
+
+
+def eager(op: str, *, compiled: bool = True, takes: Callable[[Call], bool] = lambda call: True) -> Callable:
+    """Register the decorated function, written in plain torch, as the peer `torch`, and compiled as `torch.compile`.
+
+    It has the parameters of the contract, in any order.
+    """
+
+    def register(function: Callable) -> Callable:
+        def prepare(call: Call) -> Callable[[], Any] | None:
+            return partial(function, **call) if takes(call) else None
+
+        def prepare_compiled(call: Call) -> Callable[[], Any] | None:
+            import torch
+
+            return partial(torch.compile(function, dynamic=False), **call) if takes(call) else None
+
+        peer(op, "torch")(prepare)
+        if compiled:
+            peer(op, "torch.compile")(prepare_compiled)
+        return function
+
+    return register

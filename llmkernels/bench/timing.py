@@ -1,0 +1,99 @@
+"""How long a call takes: medians, cold caches, real data.
+
+On a CPU the same call is made on several copies of its arguments in turn, together larger than the last cache.  On a
+GPU a buffer larger than L2 is written before each call, and that write also hides the cost of the launch.
+"""
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from llmkernels.bench.subject import Subject
+
+ROUNDS = 12  # the best round counts: another program's work only ever adds time, and it comes and goes
+LEAST = 3  # calls in a round, however long they take
+PATIENCE = 4  # times the budget that a busy machine may cost
+LAUNCHES = 10  # calls between two synchronisations of a GPU
+MOST_COPIES, MOST_BYTES = 128, 1 << 30
+FLUSH_BYTES = 1 << 29  # larger than any GPU's L2; writing it takes about 100 us, longer than a launch
+UNKNOWN_CACHE = 64 << 20
+
+
+def copies(subject: Subject) -> int:
+    """How many copies of the arguments it takes to outgrow the caches."""
+    if subject.device.startswith("cuda"):
+        return 1
+    wanted = -(-2 * last_cache() // max(subject.nbytes, 1))
+    return max(1, min(wanted, MOST_COPIES, MOST_BYTES // max(subject.nbytes, 1)))
+
+
+def seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> float:
+    """The median time of one call.
+
+    Args:
+        runs: the call on each copy of its arguments.  Each is made once before the clock starts.
+        budget: seconds to spend, more or less.
+    """
+    start = time.perf_counter()
+    runs[0]()
+    runs = runs[: max(2, int(budget / (time.perf_counter() - start)))]  # a call this slow needs no cold caches
+    for run in runs[1:]:
+        run()
+    if device.startswith("cuda"):
+        return _gpu_seconds(runs, device, budget)
+    turns, medians = cycle(runs), []
+    start = time.perf_counter()
+    while not medians or (len(medians) < ROUNDS and time.perf_counter() - start < PATIENCE * budget):
+        medians.append(_cpu_median(turns, budget / ROUNDS))
+    return min(medians)
+
+
+def _cpu_median(turns: Iterator[Callable[[], Any]], budget: float) -> float:
+    times: list[float] = []
+    while sum(times) < budget or len(times) < LEAST:
+        run = next(turns)
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _gpu_seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> float:
+    import torch
+
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    turns, times = cycle(runs), []
+    end = time.perf_counter() + budget
+    while not times or time.perf_counter() < end:
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(LAUNCHES)]
+        for start, stop in marks:
+            run = next(turns)
+            scratch.zero_()
+            start.record()
+            run()
+            stop.record()
+        torch.cuda.synchronize()
+        times += [start.elapsed_time(stop) / 1e3 for start, stop in marks]
+    return statistics.median(times)
+
+
+@cache
+def last_cache() -> int:
+    """Bytes of the last-level caches of all cores."""
+    found: dict[tuple[str, str], int] = {}
+    for entry in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            size = (entry / "size").read_text().strip()
+            level = (entry / "level").read_text().strip()
+            shared = (entry / "shared_cpu_list").read_text().strip()
+        except OSError:  # a core that is off
+            continue
+        if number := re.fullmatch(r"(\d+)K", size):
+            found[level, shared] = int(number[1]) << 10
+    last = max((level for level, _ in found), default="")
+    return sum(size for (level, _), size in found.items() if level == last) or UNKNOWN_CACHE
