@@ -19,7 +19,8 @@ def family(op: str, call: Mapping[str, Any]) -> str:
         if is_array(value):
             array = value.values if hasattr(value, "scheme") else value
             owners.setdefault(FAMILIES.get(type(array).__module__.partition(".")[0], _torch_or_unknown(array)), name)
-            places.setdefault(str(getattr(array, "device", "cpu")), name)
+            if hasattr(array, "device"):  # what jax.jit traces has none
+                places.setdefault(str(array.device), name)
     if len(owners) > 1:
         raise ValueError(
             f"{op}: {' but '.join(f'{n} is a {o} array' for o, n in owners.items())}; pass arrays of one library"
@@ -66,6 +67,8 @@ def to_torch(value: Any) -> Any:
         return value.map(to_torch)
     if type(value).__module__.startswith("numpy"):
         return torch.from_numpy(value)
+    if not hasattr(value, "__dlpack_device__"):
+        raise ValueError(f"{value} holds no values yet: inside jax.jit call the ops of llmkernels.jax_api")
     return torch.from_dlpack(value)
 
 

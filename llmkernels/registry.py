@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from llmkernels import dispatch, ledger
-from llmkernels.arrays import family, is_array, refuse_gradients, through_torch
+from llmkernels.arrays import family, is_array, refuse_gradients, through_torch, to_torch
 from llmkernels.contract import Case, Contract
 from llmkernels.discovery import (
     FORGET,
@@ -117,9 +117,12 @@ class Op:
             ValueError: the call breaks the contract, or names a backend that is none.
             Unsupported: nobody who was asked takes it.
         """
+        return self.pick(call, self._validate(call), backend)
+
+    def pick(self, call: Mapping[str, Any], owner: str, backend: str | None = None) -> Choice:
+        """`choose` for a call that is known to keep the contract and whose arrays are `owner`'s."""
         settings = current()
         asked, why = self._asked(backend, settings)
-        owner = self._validate(call)
         refused: dict[str, list[Refusal]] = {}
         for name in [asked] if asked else backends():
             if name == REFERENCE:
@@ -175,17 +178,17 @@ class Op:
         return None, "first in order"
 
     def _validate(self, call: Mapping[str, Any]) -> str:
-        self.contract.validate(call)
         owner = family(self.name, call)
-        if owner == "torch":
-            refuse_gradients(self.name, call)
         if owner == "jax" and (written := [p.name for p in self.contract.shapes.inputs.values() if p.mutated]):
             raise ValueError(
                 f"{self.name}: writes {' and '.join(written)} in place, and jax arrays are immutable; "
                 f"use llmkernels.jax_api.{self.name}, which returns them"
             )
+        self.contract.validate(call)
+        if owner == "torch":
+            refuse_gradients(self.name, call)
         if check := self.checks(call, current()):
-            check(call)
+            check({name: to_torch(value) for name, value in call.items()})
         return owner
 
     def checks(self, call: Mapping[str, Any], settings: Settings) -> Callable | None:
@@ -208,7 +211,7 @@ class Op:
         kind = "\n".join(str(reason) for reasons in refused.values() for reason in reasons)
         if kind not in self._warned:  # once a kind of call
             self._warned.add(kind)
-            warnings.warn(f"{story}\n  so the slow reference answers", stacklevel=5)
+            warnings.warn(f"{story}\n  so the slow reference answers", stacklevel=6)
 
     def _story(self, call: Mapping[str, Any], refused: dict[str, list[Refusal]]) -> str:
         lines = [f"{self.name}: no backend took this call"]
@@ -255,7 +258,8 @@ def _check_environment(settings: Settings) -> None:
 
 
 def _on_cpu(value: Any) -> bool:
-    return str(getattr(value, "device", "cpu")).lower().startswith(("cpu", "tfrt_cpu"))
+    # what jax.jit traces has no device, and no values to read
+    return str(getattr(value, "device", "")).lower().startswith(("cpu", "tfrt_cpu"))
 
 
 def _forget() -> None:
