@@ -3,7 +3,8 @@
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
-STAMP := .venv/.installed
+INSTALLED := .venv/.installed
+BUILT := .venv/.built
 
 .PHONY: help venv demo test test-all bench readme clean
 .DEFAULT_GOAL := help
@@ -11,7 +12,7 @@ STAMP := .venv/.installed
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
-venv: $(STAMP)  ## .venv with everything installed, this tree editable
+venv: $(BUILT)  ## .venv with everything installed, this tree editable
 
 demo: venv  ## a small trained model writes text, every hot operation through the registry
 	$(BIN)/llmkernels generate
@@ -34,14 +35,14 @@ readme: venv  ## the README's table of what ran where, from the records
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks llmkernels/_build.json
 	find backends -name '_native*.so' -delete -o -name '*.co' -delete
-	rm -f $(STAMP)
+	rm -f $(INSTALLED) $(BUILT)
 
 # An environment whose Python is gone, or that lies where it was not made, is no use: the stamp goes, the rule runs.
 USABLE := $(BIN)/python -c 'import pip' 2>/dev/null && grep -qs '$(CURDIR)/.venv' $(BIN)/activate
-$(shell { $(USABLE); } || rm -f $(STAMP))
+$(shell { $(USABLE); } || rm -f $(INSTALLED))
 
 # Some distributions ship venv without ensurepip; then virtualenv, or another Python's pip, fills it.
-$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	@{ $(USABLE); } || { \
 		test -n "$(PYTHON)" || { echo "no Python 3.11 or newer was found; install one, or name it: make $@ PYTHON=..."; exit 2; }; \
 		echo "making .venv with $(PYTHON)"; rm -rf .venv; \
@@ -50,5 +51,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 		{ echo "$(PYTHON) cannot make a virtual environment; install python3-venv or virtualenv"; exit 2; }; }
 	@echo "installing; the first time takes minutes, most of them for torch"
 	$(BIN)/python -m pip install -c constraints.txt setuptools pybind11 ninja
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	LLMKERNELS_BUILD=none $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# pip would compile just as well, but hides it, and the first time it takes a minute or two.
+$(BUILT): $(INSTALLED) $(shell find csrc -type f)
+	$(BIN)/python setup.py --quiet build_native --editable-mode
 	@touch $@

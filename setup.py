@@ -124,7 +124,8 @@ class BuildNative(Command):
     """Compiles what is planned, puts it beside the Python of its backend, and reports."""
 
     description = "compile csrc/ into llmkernels/backends/"
-    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+    user_options: ClassVar = [("editable-mode", "e", "put what is built into the source tree")]
+    boolean_options: ClassVar = ["editable-mode"]
 
     def initialize_options(self) -> None:
         self.editable_mode = False
@@ -195,6 +196,7 @@ def ninja(backend: str, tools: Toolchain) -> list[Path]:
     ]
     for suffix, command in tools.rules.items():
         lines += [f"rule {suffix[1:]}", f"  command = {command}", "  depfile = $out.d", "  deps = gcc"]
+        lines += ["  description = compile $in $arch"]
     objects: list[str] = []
     code: list[Path] = []
     for path in sources(backend):
