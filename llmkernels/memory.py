@@ -42,6 +42,24 @@ class Fence:
         return found
 
 
+class Gaps:
+    """The bytes of a strided view's memory that lie in none of the views which a kernel writes."""
+
+    def __init__(self, view: torch.Tensor, views: list[torch.Tensor]):
+        memory = view.untyped_storage()
+        self.all = torch.empty(0, dtype=torch.uint8, device=view.device).set_(memory, 0, (memory.nbytes(),), (1,))
+        inside = torch.zeros(memory.nbytes() // view.itemsize, dtype=torch.bool, device=view.device)
+        for one in views:
+            if one.untyped_storage().data_ptr() == memory.data_ptr():
+                inside.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+        outside = ~inside.repeat_interleave(view.itemsize)
+        self.where = torch.nn.functional.pad(outside, (0, memory.nbytes() - outside.numel()), value=True)
+        self.before = self.all[self.where]
+
+    def written(self) -> bool:
+        return not torch.equal(self.all[self.where], self.before)
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, for bitwise comparison: NaN equals NaN, -0.0 does not equal 0.0."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -66,9 +66,9 @@ class Shapes:
                     f"{op}: {name} is {array!r:.80}, of type {type(array).__name__}; pass an array, {pattern}"
                 )
             if not self._bind_dtype(dtype_name(array), pattern, sizes):
-                raise ValueError(
-                    f"{op}: {name} is {dtype_name(array)}; the contract says {self._allowed(pattern, sizes)}"
-                )
+                hint = "; llmkernels.quant.quantize makes one" if "quantized" in pattern.dtypes else ""
+                says = self._allowed(pattern, sizes)
+                raise ValueError(f"{op}: {name} is {dtype_name(array)}; the contract says {says}{hint}")
             if not _bind(tuple(array.shape), pattern.dims, sizes):
                 known = ", ".join(f"{d}={sizes[d.strip('*')]}" for d in pattern.dims if d.strip("*") in sizes)
                 raise ValueError(

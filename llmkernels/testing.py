@@ -24,7 +24,7 @@ from llmkernels.comparison import compare
 from llmkernels.contract import Case, Contract
 from llmkernels.discovery import REFERENCE, Refusal, absent, emulated, implementation, package, refusals
 from llmkernels.inputs import inputs
-from llmkernels.memory import Fence, bits, poisoned_allocations
+from llmkernels.memory import Fence, Gaps, bits, poisoned_allocations
 from llmkernels.registry import OPS, REFERENCE_TRAITS, get
 from llmkernels.settings import use
 
@@ -115,6 +115,8 @@ def check_run(
     fence = Fence(device)
     call = inputs(contract, case, dtype, device, fence)
     before = {name: _copy(value) for name, value in call.items()}
+    written = [name for name in _written(contract, call) if before[name] is not None]
+    gaps = {name: Gaps(call[name], [call[other] for other in written]) for name in written}
     try:
         contract.validate(call)
         if contract.check_values:
@@ -125,6 +127,7 @@ def check_run(
         return verdict([f"raised {type(error).__name__}: {error}"])
     complaints = fence.trespasses()
     complaints += _changed(contract, call, before)
+    complaints += [f"wrote beside {name}, between its rows" for name, gap in gaps.items() if gap.written()]
     want = _run(contract, contract.reference, inputs(contract, case, dtype, wide=True), "torch", written=True)
     near = _run(contract, contract.reference, inputs(contract, case, dtype), "torch", written=True)
     error, tolerance = 0.0, 0.0
@@ -180,16 +183,26 @@ def _changed(contract: Contract, call: Mapping[str, Any], before: Mapping[str, A
     return [
         f"changed {name}, which is only to be read"
         for name, value in call.items()
-        if isinstance(before[name], torch.Tensor) and name not in written
-        and not torch.equal(bits(value.contiguous()), bits(before[name]))
-        and not any(call[w].untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for w in written)
-    ]  # fmt: skip
+        if name not in written
+        for now, then in zip(_parts(value), _parts(before[name]), strict=False)
+        if not torch.equal(bits(now.contiguous()), bits(then))
+        and not any(call[w].untyped_storage().data_ptr() == now.untyped_storage().data_ptr() for w in written)
+    ]
+
+
+def _parts(value: Any) -> list[torch.Tensor]:
+    """The tensors that an argument consists of: itself, or those of a QuantizedWeight."""
+    if not hasattr(value, "scheme"):
+        return [value] if isinstance(value, torch.Tensor) else []
+    parts: list[torch.Tensor] = []
+    value.map(lambda part: parts.append(part) or part)
+    return parts
 
 
 def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.numel() < 2**28:
         return value.clone(memory_format=torch.contiguous_format)
-    return None
+    return value.map(_copy) if hasattr(value, "scheme") else None
 
 
 def _cpu(value: Any) -> Any:

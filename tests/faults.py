@@ -302,3 +302,19 @@ def scale_of_the_whole_tensor(x, **options):
 def always_the_likeliest(logits, uniform, **options):
     """Greedy, whatever the temperature."""
     return logits.float().argmax(-1)
+
+
+@fault("lora_gemm")
+def writes_between_the_rows(y, x, a, b, adapters, scales):
+    """The store of a row runs on into the gap behind it."""
+    REFERENCE["lora_gemm"](y, x, a, b, adapters, scales)
+    if y.numel() and y.stride(0) > y.shape[1]:
+        y.as_strided((1,), (1,), y.storage_offset() + y.shape[1]).fill_(7)
+
+
+@fault("quantized_gemm")
+def repacks_in_place(x, weight, *, bias=None):
+    """The weight is rearranged where it lies."""
+    y = REFERENCE["quantized_gemm"](x, weight, bias=bias)
+    weight.values.copy_(weight.values.flip(0))
+    return y
