@@ -55,7 +55,9 @@ def parts(weight: Any, name: str = "weight") -> dict[str, Any]:
 
 def schema(contract: Contract) -> str:
     """The op in torch's schema language, from the shape string and the reference's signature."""
-    arguments, weights, keywords = [], [], False
+    arguments: list[str] = []
+    weights: list[str] = []
+    keywords = False
     for p in contract.signature.parameters.values():
         if p.kind is p.KEYWORD_ONLY and not keywords:
             arguments, keywords = [*arguments, "*"], True

@@ -24,7 +24,7 @@ EASY = [
     pytest.param(op, case, dtype, id=f"{op.name}: {case}, {dtype}")
     for op in OPS.values()
     for dtype in op.contract.dtypes
-    for case in [case for case in op.contract.cases if not case.hostile][: None if dtype == "bfloat16" else 2]
+    for case in [case for case in op.contract.cases if not case.hostile][:: 3 if dtype == "bfloat16" else 20]
 ]
 
 

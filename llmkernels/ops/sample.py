@@ -3,6 +3,8 @@
 top-p: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751; min-p: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -109,7 +111,7 @@ def judge(call, tokens):
         return [f"tokens is {tokens.dtype} {tuple(tokens.shape)}; the contract says int64 ({rows},)"]
     complaints = []
     for row in range(rows):
-        one = {name: None if x is None else x[row].double() for name, x in call.items()}
+        one: dict[str, Any] = {name: None if x is None else x[row].double() for name, x in call.items()}
         token = int(tokens[row])
         if not 0 <= token < vocab:
             complaints.append(f"row {row}: token {token} is not in the vocabulary of {vocab}")
