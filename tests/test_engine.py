@@ -197,6 +197,13 @@ def test_older_configs_mean_the_same(models, tmp_path):
     check(model, Rig(tmp_path).run(prompts_of([20])))
 
 
+def test_a_window_that_nobody_asked_for(models, tmp_path):
+    model, _ = models("qwen2")
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, {"sliding_window": 5, "max_window_layers": 0}, without=["use_sliding_window", "layer_types"])
+    check(model, Rig(tmp_path).run(prompts_of([20])))
+
+
 def test_shards_are_read_through_the_index(models, tmp_path):
     model, _ = models("qwen3")
     model.save_pretrained(tmp_path, max_shard_size="60KB")
@@ -296,10 +303,10 @@ def test_the_metadata_pass_every_check(models):
 @pytest.mark.parametrize(
     ("options", "bound"),
     [
-        ({"kv_cache_dtype": "int8"}, 0.05),
-        ({"kv_cache_dtype": "float8_e4m3fn"}, 0.1),
-        ({"quantize": "w8a16"}, 0.05),
-        ({"quantize": "w4a16_g128"}, 0.4),
+        ({"kv_cache_dtype": "int8"}, 0.03),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, 0.06),
+        ({"quantize": "w8a16"}, 0.03),
+        ({"quantize": "w4a16_g128"}, 0.3),
     ],
 )
 def test_quantized_weights_and_caches_stay_near(options, bound):

@@ -197,6 +197,10 @@ NORM = "model.norm.weight"
         ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'; the supported ones are default, linear, llama3"),
         ({"rope_parameters": {"rope_type": "linear"}}, "linear needs factor"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["x"]},
+            "for each of 6 layers",
+        ),
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
@@ -334,6 +338,7 @@ def test_bad_wishes(options, words):
         ({"page_size": 0}, "page_size is 0"),
         ({"kv_cache_bytes": 100}, "kv_cache_bytes is 100; a page of 16 tokens takes 49152"),
         ({"max_sequences": 0}, "max_sequences is 0"),
+        ({"max_length": "long"}, "max_length is 'long'; give an integer"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json is missing"),
     ],
 )

@@ -106,8 +106,8 @@ class LLM:
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}; give at least 1")
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} is {size!r}; give an integer of at least 1")
         checkpoint = Checkpoint(shipped_model() if model_path is None else model_path)
         self.config = checkpoint.config
         self.max_length = min(max_length or self.config.context, self.config.context)

@@ -103,7 +103,7 @@ class Batch:
 
 @dataclass
 class Model:
-    """A model in memory.  cos, sin: float32 [context, rotated/2]."""
+    """A model in memory.  cos, sin: float32 [length, head_dim/2]."""
 
     config: ModelConfig
     embedding: torch.Tensor
@@ -173,13 +173,12 @@ def _product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * frequency, float32 [length, rotated/2]: RoFormer, https://arxiv.org/abs/2104.09864.
+    """cos and sin of position * frequency, float32 [length, head_dim/2]: RoFormer, https://arxiv.org/abs/2104.09864.
 
     Computed in float32 as transformers does: models are trained with exactly these angles.
     """
     rope = config.rope
-    rotated = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
-    exponent = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequency = 1.0 / rope["rope_theta"] ** exponent
     if rope["rope_type"] == "linear":
         frequency = frequency / rope["factor"]

@@ -5,7 +5,6 @@ that a checkpoint brings along (auto_map) is ever imported.  What is wrong with 
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,19 +29,23 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's config.json does not say.  None: its `attention_bias` does."""
+    """What a family's config.json does not say.
+
+    qkv_bias, o_bias: None where `attention_bias` says it.
+    window: 'always' where sliding_window holds for every layer, 'asked' where use_sliding_window must ask for it.
+    """
 
     qkv_bias: bool | None = False
     o_bias: bool | None = False
     qk_norm: bool = False
-    window: bool = False
+    window: str | None = None
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family(qkv_bias=None, o_bias=None),
-    "MistralForCausalLM": Family(window=True),
-    "Qwen2ForCausalLM": Family(qkv_bias=True, window=True),
-    "Qwen3ForCausalLM": Family(qkv_bias=None, o_bias=None, qk_norm=True, window=True),
+    "MistralForCausalLM": Family(window="always"),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, window="asked"),
+    "Qwen3ForCausalLM": Family(qkv_bias=None, o_bias=None, qk_norm=True, window="asked"),
 }
 
 
@@ -60,9 +63,6 @@ class Checkpoint:
         self.generation |= read_json(generation) if generation.is_file() else {}
         self._files = {name: _open(self.path / name) for name in self._file_names()}
         self._place = {tensor: file for file in self._files.values() for tensor in file.keys()}  # noqa: SIM118 (not a dict)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._place
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor `name`, which must have this shape."""
@@ -120,7 +120,7 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
         head_dim=size("head_dim", hidden // heads),
         context=size("max_position_embeddings", 2048),
         eps=float(raw.get("rms_norm_eps", 1e-6)),
-        windows=_windows(raw, layers, size) if family.window else (-1,) * layers,
+        windows=_windows(raw, layers, family, path),
         rope=_rope(raw, path),
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
@@ -184,14 +184,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _windows(raw: dict[str, Any], layers: int, size: Callable) -> tuple[int, ...]:
+def _windows(raw: dict[str, Any], layers: int, family: Family, path: Path) -> tuple[int, ...]:
     """transformers' sliding_window counts the query's own position, paged_attention's does not."""
-    if raw.get("sliding_window") is None or not raw.get("use_sliding_window", True):
+    width = raw.get("sliding_window", 4096)
+    if width is None or family.window is None or (family.window == "asked" and not raw.get("use_sliding_window")):
         return (-1,) * layers
-    window = size("sliding_window") - 1
-    full = size("max_window_layers", 28) if "use_sliding_window" in raw else 0  # Qwen's first layers see everything
-    kinds = raw.get("layer_types") or ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    return tuple(window if kind == "sliding_attention" else -1 for kind in kinds)
+    kinds = ["sliding_attention"] * layers
+    if family.window == "asked":  # the first layers see everything
+        full = raw.get("max_window_layers", 28)
+        kinds = raw.get("layer_types") or ["full_attention"] * min(full, layers) + kinds[full:]
+    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"{path}: layer_types must be full_ or sliding_attention, for each of {layers} layers")
+    return tuple(width - 1 if kind == "sliding_attention" else -1 for kind in kinds)
 
 
 def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
