@@ -117,4 +117,8 @@ def _guard(arrays: list[Any]) -> Callable | None:
 def _tensor_guard(tensors: list[Any]) -> Callable:
     from torch._C._dynamo.guards import TensorGuards  # private, but in every torch since 2.0; tests watch what it tells
 
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    same = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    if not any(tensor.requires_grad for tensor in tensors):
+        return same
+    grad_enabled = import_module("torch").is_grad_enabled  # a call outside no_grad is of another kind: refused
+    return lambda *tensors: not grad_enabled() and same(*tensors)

@@ -215,6 +215,16 @@ def test_a_broken_call_after_a_good_one_of_the_same_shape_still_raises(plug_in):
         llmkernels.rms_norm(X, W.to("meta"))
 
 
+def test_a_remembered_call_is_refused_once_gradients_are_wanted(plug_in):
+    plug_in(answer_seven)
+    gain = torch.nn.Parameter(W)
+    with torch.no_grad():
+        for _ in range(2):
+            llmkernels.rms_norm(X, gain)
+    with pytest.raises(ValueError, match="weight requires a gradient"):
+        llmkernels.rms_norm(X, gain)
+
+
 def test_recorded_calls(plug_in, tmp_path):
     plug_in(answer_seven)
     with ledger.record(tmp_path / "calls.jsonl"):
