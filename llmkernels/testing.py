@@ -123,8 +123,8 @@ def check_run(
             contract.check_values(call)
         with poisoned_allocations(fence):
             results = _run(contract, module.run, call, arrays)
-    except Exception as error:  # whatever an implementation raises is a failure to report, not to die of
-        return verdict([f"raised {type(error).__name__}: {error}"])
+    except Exception as fault:  # whatever an implementation raises is a failure to report, not to die of
+        return verdict([f"raised {type(fault).__name__}: {fault}"])
     complaints = fence.trespasses()
     complaints += _changed(contract, call, before)
     complaints += [f"wrote beside {name}, between its rows" for name, gap in gaps.items() if gap.written()]
@@ -195,7 +195,12 @@ def _parts(value: Any) -> list[torch.Tensor]:
     if not hasattr(value, "scheme"):
         return [value] if isinstance(value, torch.Tensor) else []
     parts: list[torch.Tensor] = []
-    value.map(lambda part: parts.append(part) or part)
+
+    def keep(part: torch.Tensor) -> torch.Tensor:
+        parts.append(part)
+        return part
+
+    value.map(keep)
     return parts
 
 
