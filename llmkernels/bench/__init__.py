@@ -139,10 +139,10 @@ def _time(subject: Subject, backend: str, budget: float) -> tuple[float, float, 
     if arrays == "jax":
         import jax
 
-        runs = [
+        waits = [
             partial(_wait, jax, bound(subject.contract, run, as_jax(subject.copy()))) for _ in range(copies(subject))
         ]
-        return seconds(runs, "cpu", budget), error_, tolerance
+        return seconds(waits, "cpu", budget), error_, tolerance
     runs = [bound(subject.contract, run, subject.copy()) for _ in range(copies(subject))]
     return seconds(runs, subject.device, budget), error_, tolerance
 

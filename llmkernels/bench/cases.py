@@ -11,7 +11,7 @@ from typing import Any
 from llmkernels.contract import Case
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256
-HEADS = {"heads": 32, "kv_heads": 8, "dim": 128}
+HEADS: dict[str, Any] = {"heads": 32, "kv_heads": 8, "dim": 128}
 NEVER = 1 << 62
 CPU_TOKENS = 1 << 16  # keys in a cache: 256 MiB of bfloat16; more takes a CPU longer than anyone waits
 

@@ -57,7 +57,7 @@ def _compare(run: Callable[[], Any], public: Callable[[], Any], budget: float) -
     for warm in (run, public, run, public):
         warm()
     count = max(10, round(BATCH_SECONDS / _batch(public, 100)))
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(pairs) < 5:
         pairs.append((_batch(run, count), _batch(public, count)))

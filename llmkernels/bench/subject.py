@@ -11,6 +11,7 @@ from llmkernels.arrays import from_torch, to_torch
 from llmkernels.comparison import compare
 from llmkernels.contract import Contract, Cost
 from llmkernels.roofline import arithmetic
+from llmkernels.shapes import Sizes
 
 Call = Mapping[str, Any]
 PEER_SLACK = 8  # a peer rounds where it likes, but what computes something else is no peer
@@ -25,7 +26,7 @@ class Subject:
     dtype: str
     call: Call
     device: str = "cpu"
-    sizes: Mapping[str, Any] = field(init=False)
+    sizes: Sizes = field(init=False)
 
     def __post_init__(self) -> None:
         self.sizes = self.contract.validate(self.call)

@@ -46,7 +46,8 @@ def seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> fl
         run()
     if device.startswith("cuda"):
         return _gpu_seconds(runs, device, budget)
-    turns, medians = cycle(runs), []
+    turns = cycle(runs)
+    medians: list[float] = []
     start = time.perf_counter()
     while not medians or (len(medians) < ROUNDS and time.perf_counter() - start < PATIENCE * budget):
         medians.append(_cpu_median(turns, budget / ROUNDS))
@@ -67,7 +68,8 @@ def _gpu_seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) 
     import torch
 
     scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    turns, times = cycle(runs), []
+    turns = cycle(runs)
+    times: list[float] = []
     end = time.perf_counter() + budget
     while not times or time.perf_counter() < end:
         marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(LAUNCHES)]
