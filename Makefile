@@ -44,7 +44,7 @@ $(shell { $(USABLE); } || rm -f $(INSTALLED))
 # Some distributions ship venv without ensurepip; then virtualenv, or another Python's pip, fills it.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@{ $(USABLE); } || { \
-		test -n "$(PYTHON)" || { echo "no Python 3.11 or newer was found; install one, or name it: make $@ PYTHON=..."; exit 2; }; \
+		test -n "$(PYTHON)" || { echo "no Python 3.11 or newer was found; install one, or name it: make venv PYTHON=..."; exit 2; }; \
 		echo "making .venv with $(PYTHON)"; rm -rf .venv; \
 		$(PYTHON) -m venv .venv || $(PYTHON) -m virtualenv .venv || \
 		{ $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; } || \
