@@ -127,10 +127,13 @@ def _file_exists(backend: str, op: str) -> bool:
 
 def _ops(known: list[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Op -> dtypes: of the contracts, or, where torch is missing, of whatever was recorded."""
-    if util.find_spec("torch"):
+    try:
         from llmkernels import ops as _declared  # noqa: F401
         from llmkernels.registry import OPS
-
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("llmkernels"):
+            raise
+    else:
         return {name: list(OPS[name].contract.dtypes) for name in sorted(OPS)}
     names: dict[str, list[str]] = {}
     for r in sorted(known, key=_key):

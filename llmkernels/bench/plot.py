@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 PAPER, INK, FAINT, GRID = "#fbfaf7", "#22252b", "#8b8f98", "#e7e4dc"
-SLOPE, FLAT, SHADE = "#3d4350", "#3d4350", "#efece4"
+ROOF, SHADE = "#3d4350", "#efece4"
 BACKENDS = ("#0f6fc6", "#d1495b", "#2a9d5c", "#8452c9", "#c77d0a", "#12939a", "#6b6f76")
 FASTER, SLOWER = "#2a9d5c", "#c96a4f"
 PANEL = (12.5, 6.6)  # inches
 HEAD, FOOT = 1.6, 0.75  # inches above and below the panels
 LEFT, RIGHT = 0.075, 0.985  # of the width
-ROOM = 15  # pixels between the middles of two points
-OFFSETS = (  # where a label may stand: points to the right and up, and which of its sides is there
-    *((8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top")),
-    *((7, 7, "left", "bottom"), (7, -7, "left", "top"), (-7, 7, "right", "bottom"), (-7, -7, "right", "top")),
+ROOM, NUDGE = 15, 17  # pixels between the middles of two points: along a stem, and sideways
+OFFSETS = (  # where a label may stand: points to the right and up, which of its sides is there, degrees it is turned
+    *((8, 0, "left", "center", 0), (-8, 0, "right", "center", 0), (0, 9, "center", "bottom", 0)),
+    *((0, -9, "center", "top", 0), (7, 7, "left", "bottom", 0), (7, -7, "left", "top", 0)),
+    *((-7, 7, "right", "bottom", 0), (-7, -7, "right", "top", 0)),
+    *((0, -9, "center", "top", 90), (0, 9, "center", "bottom", 90)),  # in a crowd
 )
 FONT = {"font.family": ["DejaVu Sans"], "font.size": 10, "axes.linewidth": 0.8}
 
@@ -87,12 +89,18 @@ def _panel(panel: "Axes", rows: list[Row], dtype: str, ceilings: Ceilings, color
     panel.set(xscale="log", yscale="log", xlim=(left, right), facecolor=PAPER)
     panel.set_ylim(min(*reached, *rivals) / 2.5, highest * 3)
     _grid(panel)
-    _roofs(panel, roofs, ceilings)
-    panel.text(0.012, 0.955, dtype, transform=panel.transAxes, size=15, weight="bold", color=INK, va="top")
-    points = _spread(panel, intensity, reached)
+    marks = _roofs(panel, roofs, ceilings)
+    ops = {row["op"] for row in rows}
+    title = f"{dtype}  {rows[0]['op']}" if len(ops) == 1 else dtype
+    marks.append(
+        panel.text(0.012, 0.955, title, transform=panel.transAxes, size=15, weight="bold", color=INK, va="top")
+    )
+    tips = [row["operations"] / min([row["seconds"], *row["peers"].values()]) for row in rows]
+    feet = [row["operations"] / max(row["seconds"], min(row["peers"].values(), default=0)) for row in rows]
+    points = _spread(panel, intensity, reached, feet, tips)
     for row, (x, y) in zip(rows, points, strict=True):
         _point(panel, row, x, y, colors[row["backend"]])
-    _labels(panel, rows, points)
+    _labels(panel, rows, points, marks, len(ops) > 1)
 
 
 def _grid(panel: "Axes") -> None:
@@ -106,8 +114,8 @@ def _grid(panel: "Axes") -> None:
         side.set_visible(False)
 
 
-def _roofs(panel: "Axes", roofs: Sequence[str], ceilings: Ceilings) -> None:
-    """The memory slope, and a flat roof for each dtype that products are done in; what lies above cannot be."""
+def _roofs(panel: "Axes", roofs: Sequence[str], ceilings: Ceilings) -> list[Any]:
+    """The memory slope, and a flat roof for each dtype that products are done in; the texts on them."""
     import numpy as np
 
     speed, (left, right), (bottom, top) = ceilings.bytes_per_second, panel.get_xlim(), panel.get_ylim()
@@ -116,30 +124,39 @@ def _roofs(panel: "Axes", roofs: Sequence[str], ceilings: Ceilings) -> None:
     x = np.geomspace(left, right, 400)
     panel.fill_between(x, np.minimum(speed * x, highest), top, color=SHADE, zorder=1, lw=0)
     ridge = highest / speed
-    panel.plot([left, ridge], [speed * left, highest], color=SLOPE, lw=2, zorder=3, solid_capstyle="round")
+    panel.plot([left, ridge], [speed * left, highest], color=ROOF, lw=2, zorder=3, solid_capstyle="round")
+    texts = []
+    place: dict[str, Any] = {"textcoords": "offset points", "size": 9.5, "va": "bottom", "color": INK}
     for rate in set(rates.values()):
         names = ", ".join(name for name in roofs if rates[name] == rate)
-        panel.plot([rate / speed, right], [rate, rate], color=FLAT, lw=2, zorder=3, solid_capstyle="round",
+        panel.plot([rate / speed, right], [rate, rate], color=ROOF, lw=2, zorder=3, solid_capstyle="round",
                    alpha=1 if rate == highest else 0.45)  # fmt: skip
-        panel.annotate(f"{names}  {with_unit(rate, 'op/s')}", (right, rate), (-4, 4), textcoords="offset points",
-                       ha="right", va="bottom", size=9.5, color=FLAT)  # fmt: skip
+        words = f"{names}  {with_unit(rate, 'op/s')}"
+        texts.append(panel.annotate(words, (right, rate), (-4, 4), ha="right", **place))
     box = panel.get_window_extent()
     angle = np.degrees(np.arctan2(box.height / np.log10(top / bottom), box.width / np.log10(right / left)))
     at = max(left * 1.5, bottom / speed * 1.5)
-    panel.annotate(f"memory  {with_unit(speed, 'B/s')}", (at, speed * at), (0, 5), textcoords="offset points", size=9.5,
-                   rotation=angle, rotation_mode="anchor", color=SLOPE, va="bottom")  # fmt: skip
+    words = f"memory  {with_unit(speed, 'B/s')}"
+    turned = {"rotation": angle, "rotation_mode": "anchor"}
+    return [*texts, panel.annotate(words, (at, speed * at), (0, 5), **turned, **place)]
 
 
-def _spread(panel: "Axes", xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
-    """The points, nudged sideways where they would hide each other."""
-    placed: list[tuple[float, float]] = []
-    for x, y in panel.transData.transform(list(zip(xs, ys, strict=True))):
-        for step in sorted(range(-12, 13), key=abs):
-            here = (x + step * ROOM * 0.55, y)
-            if all(abs(here[0] - a) > ROOM * 0.5 or abs(y - b) > ROOM for a, b in placed):
+def _spread(panel: "Axes", *numbers: Sequence[float]) -> list[tuple[float, float]]:
+    """The points, nudged sideways where they or their stems would hide each other.  numbers: x, y, foot and tip."""
+    xs, ys, feet, tips = numbers
+    placed: list[tuple[float, float, float]] = []
+    found = []
+    for x, y, foot, tip in zip(xs, ys, feet, tips, strict=True):
+        (middle, height), (_, low), (_, high) = panel.transData.transform([(x, y), (x, foot), (x, tip)])
+        for step in sorted(range(-14, 15), key=abs):
+            here = middle + step * NUDGE
+            if all(
+                abs(here - a) > 0.9 * NUDGE or low - ROOM > top or high + ROOM < bottom for a, bottom, top in placed
+            ):
                 break
-        placed.append(here)
-    return [tuple(point) for point in panel.transData.inverted().transform(placed)]
+        placed.append((here, low, high))
+        found.append((here, height))
+    return [tuple(point) for point in panel.transData.inverted().transform(found)]
 
 
 def _point(panel: "Axes", row: Row, x: float, y: float, color: str) -> None:
@@ -151,7 +168,9 @@ def _point(panel: "Axes", row: Row, x: float, y: float, color: str) -> None:
     panel.plot(x, y, "o", ms=10, mfc=color, mec=PAPER, mew=1.2, zorder=6)
 
 
-def _labels(panel: "Axes", rows: Sequence[Row], points: Sequence[tuple[float, float]]) -> None:
+def _labels(
+    panel: "Axes", rows: Sequence[Row], points: Sequence[tuple[float, float]], marks: Sequence[Any], with_op: bool
+) -> None:
     """As many names as fit without covering a point or one another; what stands alone comes first."""
     import numpy as np
     from matplotlib.transforms import Bbox
@@ -161,14 +180,16 @@ def _labels(panel: "Axes", rows: Sequence[Row], points: Sequence[tuple[float, fl
     pixels = panel.transData.transform(points)
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in pixels]
     taken += [_stem(panel, row, point) for row, point in zip(rows, points, strict=True) if row["peers"]]
+    taken += [mark.get_window_extent(renderer) for mark in marks]
     frame = panel.get_window_extent()
     crowd = [np.sort(np.hypot(*(pixels - here).T))[1:4].sum() for here in pixels]
     for index in sorted(range(len(rows)), key=lambda i: -crowd[i]):
-        text = f"{rows[index]['op']}  {rows[index]['case'].replace('->', '→')}"
-        for dx, dy, across, up in OFFSETS:
-            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": across, "va": up}
-            label = panel.annotate(text, points[index], size=8.2, color=INK, zorder=7, **place)
-            box = label.get_window_extent(renderer).expanded(1.02, 1.1)
+        case = rows[index]["case"].replace("->", "→")
+        text = f"{rows[index]['op']}  {case}" if with_op else case
+        for dx, dy, across, up, turn in OFFSETS:
+            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": across, "va": up, "rotation": turn}
+            label = panel.annotate(text, points[index], size=8, color=INK, zorder=7, **place)
+            box = label.get_window_extent(renderer).expanded(1.02, 1.02)
             inside = box.x0 > frame.x0 and box.x1 < frame.x1 and box.y0 > frame.y0 and box.y1 < frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
@@ -182,4 +203,4 @@ def _stem(panel: "Axes", row: Row, point: tuple[float, float]) -> Any:
     rival = row["operations"] / min(row["peers"].values())
     ends = [(point[0], y) for y in sorted((point[1], rival))]
     (x, low), (_, high) = panel.transData.transform(ends)
-    return Bbox.from_bounds(x - 5, low - 6, 10, high - low + 12)
+    return Bbox.from_bounds(x - 3, low - 6, 6, high - low + 12)

@@ -16,7 +16,8 @@ What --json prints is an interface; keys are added, never renamed:
                   peers: {name: seconds}, ratio_to_best_peer, dispatch_seconds, parity_error, tolerance, bytes,
                   operations, recorded}], not_timed: [{op, backend, dtype, case, why}]}
     bench --dispatch  {rows: [{op, backend, run_seconds, call_seconds, dispatch_seconds}]}
-    generate     {text, tokens, prompt_tokens, seconds, tokens_per_second, ledger}; with --file a list of them
+    generate     {text, tokens, prompt_tokens, seconds, tokens_per_second, ledger}; with --file of the whole batch, and
+                  outputs: [{prompt, text, tokens, prompt_tokens}]; ledger: {op: {backend: {calls, why: {reason: calls}}}}
 
 verdict is 'chosen', 'takes' or 'refuses' in explain, 'passed', 'failed' or 'refused' in conformance; mode is 'ran' or
 'emulated'; evidence is 'ran', 'emulated', 'compiled', 'failed', 'refuses', 'no kernel' or 'no record'; seconds are
