@@ -17,13 +17,14 @@ from llmkernels import registry, status
 from llmkernels.bench import peers as others
 from llmkernels.bench.cases import timed
 from llmkernels.bench.dispatch import overhead
-from llmkernels.bench.subject import PEER_SLACK, Subject, as_jax, bound
+from llmkernels.bench.subject import PEER_SLACK, Call, Subject, as_jax, bound
 from llmkernels.bench.timing import copies, seconds
 from llmkernels.discovery import REFERENCE, Unsupported, absent, backends, implementation, package
 from llmkernels.inputs import inputs
 from llmkernels.roofline import Ceilings
 from llmkernels.settings import use
 
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}  # timed where none is named
 BUDGET, QUICK_BUDGET = 0.6, 0.1  # seconds spent on each time
 PLATFORM = "vendor"  # what the platform's own libraries take is every other backend's peer
 
@@ -79,9 +80,6 @@ def subjects(
                 yield Subject(contract, case.name, kind, inputs(contract, case, kind, device), device)
 
 
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
-
-
 def measure(
     ceilings: Ceilings, calls: Iterable[Subject], backend: str | None = None, peers: bool = False, quick: bool = False
 ) -> Iterator[Row | NotTimed]:
@@ -126,38 +124,45 @@ def report(ceilings: Ceilings, lines: Iterable[Row | NotTimed]) -> dict[str, Any
 def _time(subject: Subject, backend: str, budget: float) -> tuple[float, float, float] | str:
     """(seconds, parity error, tolerance), or why the call was not timed."""
     arrays = "torch" if backend == REFERENCE else package(backend).ARRAYS[0]
-    call = subject.copy()
-    call = as_jax(call) if arrays == "jax" else call
+
+    def fresh() -> Call:
+        return as_jax(subject.copy()) if arrays == "jax" else subject.copy()
+
+    call = fresh()
     try:
         with use(policy="silent", verify=False):
             run = registry.get(subject.contract.name).choose(call, backend).run
     except Unsupported as error:
         return "refused: " + "; ".join(str(reason) for reason in error.refusals[backend])
-    wrong, error_, tolerance = subject.judge(subject.answers(run, call, arrays))
+    try:
+        wrong, error_, tolerance = subject.judge(subject.answers(run, call, arrays))
+    except Exception as error:  # whatever an implementation raises is told, and the others are still timed
+        return f"raised {type(error).__name__}: {error}"
     if wrong:
         return f"fails parity: {wrong}"
+    runs = [bound(subject.contract, run, fresh()) for _ in range(copies(subject))]
     if arrays == "jax":
         import jax
 
-        waits = [
-            partial(_wait, jax, bound(subject.contract, run, as_jax(subject.copy()))) for _ in range(copies(subject))
-        ]
-        return seconds(waits, "cpu", budget), error_, tolerance
-    runs = [bound(subject.contract, run, subject.copy()) for _ in range(copies(subject))]
-    return seconds(runs, subject.device, budget), error_, tolerance
+        runs = [partial(_wait, jax, run) for run in runs]
+    return seconds(runs, "cpu" if arrays == "jax" else subject.device, budget), error_, tolerance
 
 
 def _wait(jax: Any, run: Callable[[], Any]) -> Any:
+    """jax returns before it has computed, and no event of ours sees its streams: the wall clock times it."""
     return jax.block_until_ready(run())
 
 
 def _time_peer(subject: Subject, prepare: others.Prepare, budget: float) -> float | str | None:
     """Seconds, or why a peer that tried was not timed; None for a peer that has no answer to this call."""
     call = subject.copy()
-    run = prepare(call)
-    if run is None:
-        return None
-    wrong, _, _ = subject.judge(subject.answers(lambda *_, **__: run(), call), PEER_SLACK)
+    try:
+        run = prepare(call)
+        if run is None:
+            return None
+        wrong, _, _ = subject.judge(subject.answers(lambda *_, **__: run(), call), PEER_SLACK)
+    except Exception as error:  # as above; peers are other people's code
+        return f"raised {type(error).__name__}: {error}"
     if wrong:
         return f"fails parity: {wrong}"
     runs = [made for _ in range(copies(subject)) if (made := prepare(subject.copy()))]

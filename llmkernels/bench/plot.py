@@ -30,7 +30,7 @@ OFFSETS = (  # where a label may stand: points to the right and up, which of its
     *((-7, 7, "right", "bottom", 0), (-7, -7, "right", "top", 0)),
     *((0, -9, "center", "top", 90), (0, 9, "center", "bottom", 90)),  # in a crowd
 )
-FONT = {"font.family": ["DejaVu Sans"], "font.size": 10, "axes.linewidth": 0.8}
+FONT: Any = {"font.family": ["DejaVu Sans"], "font.size": 10, "axes.linewidth": 0.8}
 
 
 def draw(report: dict[str, Any], file: Path) -> None:
@@ -187,7 +187,7 @@ def _labels(
         case = rows[index]["case"].replace("->", "→")
         text = f"{rows[index]['op']}  {case}" if with_op else case
         for dx, dy, across, up, turn in OFFSETS:
-            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": across, "va": up, "rotation": turn}
+            place: Any = {"xytext": (dx, dy), "textcoords": "offset points", "ha": across, "va": up, "rotation": turn}
             label = panel.annotate(text, points[index], size=8, color=INK, zorder=7, **place)
             box = label.get_window_extent(renderer).expanded(1.02, 1.02)
             inside = box.x0 > frame.x0 and box.x1 < frame.x1 and box.y0 > frame.y0 and box.y1 < frame.y1

@@ -15,9 +15,10 @@ What --json prints is an interface; keys are added, never renamed:
     bench        {device, ceilings, rows: [{op, backend, dtype, case, seconds, limit_seconds, percent_of_limit,
                   peers: {name: seconds}, ratio_to_best_peer, dispatch_seconds, parity_error, tolerance, bytes,
                   operations, recorded}], not_timed: [{op, backend, dtype, case, why}]}
-    bench --dispatch  {rows: [{op, backend, run_seconds, call_seconds, dispatch_seconds}]}
-    generate     {text, tokens, prompt_tokens, seconds, tokens_per_second, ledger}; with --file of the whole batch, and
-                  outputs: [{prompt, text, tokens, prompt_tokens}]; ledger: {op: {backend: {calls, why: {reason: calls}}}}
+    bench --dispatch  {rows: [{op, run_seconds, call_seconds, dispatch_seconds}]}
+    generate     {text, tokens, prompt_tokens, seconds, tokens_per_second,
+                  ledger: {op: {backend: {calls, why: {reason: calls}}}}}; with --file all of this for the whole batch,
+                  text null, and outputs: [{prompt, text, tokens, prompt_tokens}]
 
 verdict is 'chosen', 'takes' or 'refuses' in explain, 'passed', 'failed' or 'refused' in conformance; mode is 'ran' or
 'emulated'; evidence is 'ran', 'emulated', 'compiled', 'failed', 'refuses', 'no kernel' or 'no record'; seconds are

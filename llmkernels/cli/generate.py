@@ -47,7 +47,7 @@ def generate(
     prompts = _prompts(model, prompt, file)
     with progress("loading the checkpoint"):
         llm = LLM(model, dtype=dtype, device=device, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
-    wishes = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    wishes: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     wishes |= {"seed": draw_seed() if seed is None else seed, "max_tokens": max_tokens}
     params = replace(llm.default_params, **{name: value for name, value in wishes.items() if value is not None})
     ledger.reset()
