@@ -2,7 +2,7 @@
 
 Where the time goes, and so the shape of this file:
 - the flash kernel wants the queries that share a KV head as rows of one matrix (decode: [seqs, kv_heads, group, dim]);
-- what was gathered should still be in the cache when it is read: long decode goes in tiles of keys, merged by their lse;
+- what was gathered should still be in the cache when it is read: long decode goes in tiles, merged by their lse;
 - each call of a torch op costs microseconds: short sequences decode together, padded.
 Only keys that some query sees are gathered, so that what other slots hold never matters.
 """

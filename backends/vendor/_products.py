@@ -1,0 +1,170 @@
+"""x @ wT for dense and quantized weights: which of torch's kernels answers which shape.
+
+Times of a 4096 x 4096 weight on one thread of a CPU without AVX-512, in ms, at 1, 4, 16 and 64 rows:
+
+    F.linear in bfloat16                     3.2   12.6    49    195
+    converted to float32 in cache, sgemm     4.2    9.2    14     32
+    int8 codes, the same                     3.1    8.1    13     33     + 1.5 with a scale for 128 columns
+    _weight_int4pack_mm_for_cpu, bfloat16    2.5    4.5    19     75     36 to 40 at one row in float32 and float16
+    _weight_int8pack_mm, bfloat16            2.0    3.6    19     65     16 to 19
+    torch._int_mm                             12     46   218    817
+    torch._scaled_mm                         192           225
+
+So half precision is converted a piece at a time, unless the CPU multiplies bfloat16 itself.
+"""
+
+import math
+
+import torch
+from torch.nn.functional import linear
+
+from ._codes import Codes, codes, int4_kernel, kept
+from ._rounding import DTYPES, rounded
+
+PIECE = 1 << 19  # elements converted at a time: 2 MB of float32, which stay in the cache
+
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+CPU_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+CPU_INT8 = torch.cpu._is_vnni_supported()  # without VNNI, oneDNN's int8 kernels saturate: errors of 20 %
+FEW_DENSE_ROWS = 2
+FEW_ROWS = math.inf if _CAPABILITY.startswith("AVX512") else 8 if _CAPABILITY == "AVX2" else 0
+
+
+def dense(x, weight, dtype):
+    """x [rows, in] @ weight[out, in]T, computed in `dtype` where the hardware multiplies that.
+
+    In float32, or in the dtype of the weight where the kernel that multiplies it rounds to that.
+    """
+    if x.is_cuda:
+        return torch.mm(
+            x.to(dtype), weight.to(dtype).t(), **({} if dtype == torch.float32 else {"out_dtype": torch.float32})
+        )
+    if weight.dtype == torch.float32:
+        return linear(x.float(), weight)
+    if x.shape[0] <= FEW_DENSE_ROWS or (weight.dtype == torch.bfloat16 and CPU_BFLOAT16):
+        return linear(x.to(weight.dtype), weight)
+    return _converted(x.float(), Codes(weight))
+
+
+def quantized(x, weight, dtype):
+    """x [rows, in] @ weightT in float32 for a QuantizedWeight; its scheme may round x first.  Sizes are not 0."""
+    scheme = weight.scheme
+    if weight.permutation is not None:
+        x = x.index_select(1, weight.permutation)
+    if scheme.activation is None:
+        return _few_rows(x, weight) if _wants_few_rows(x, weight) else _times(x, codes(weight), dtype)
+    values, scales = rounded(x.float(), DTYPES[scheme.activation], scheme.activation_group, weight.input_scale)
+    if scheme.activation_group:
+        spread = scales.repeat_interleave(scheme.activation_group, 1)[:, : values.shape[1]]
+        return _times(values.float().mul_(spread), codes(weight), dtype)
+    if scheme.group:
+        return _by_group(values.float(), codes(weight)).mul_(scales)
+    return _eight_bits(values, weight, dtype).mul_(scales)
+
+
+def _wants_few_rows(x, weight):
+    if x.dtype != torch.bfloat16 or x.is_cuda or x.shape[0] > FEW_ROWS:
+        return False
+    scheme, (out, columns) = weight.scheme, weight.shape
+    if scheme.weight == "int8":  # its kernel reads past the end of rows of other lengths
+        return scheme.symmetric and not scheme.group and out % 16 == 0 and columns % 64 == 0
+    # With zero points it adds (8 - zero) * scale, rounded to bfloat16, to (q - 8) * scale: where outliers make q close to
+    # the zero point, that is off by 2.4e-2 of the row's largest value.
+    return scheme.weight == "int4" and scheme.symmetric
+
+
+def _few_rows(x, weight):
+    """torch's kernels for bfloat16 activations and integer weights; they round their result to bfloat16."""
+    x = x.contiguous()
+    if weight.scheme.weight == "int8":
+        scales = kept(weight, "int8", lambda weight: weight.scales.flatten().bfloat16())
+        return torch.ops.aten._weight_int8pack_mm(x, weight.values, scales).float()
+    packed, group, both = int4_kernel(weight)
+    x = torch.nn.functional.pad(x, (0, both.shape[0] * group - x.shape[1]))
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both)[:, : weight.shape[0]].float()
+
+
+def _eight_bits(values, weight, dtype):
+    """values [rows, in], int8 or e4m3, times the weight."""
+    rows, (out, columns) = values.shape[0], weight.shape
+    plain = weight.scheme.symmetric and weight.scheme.weight != "int4"
+    row_scales = weight.scales.float().flatten()
+    if plain and values.dtype == torch.int8:
+        if values.is_cuda and columns % 8 == 0 and out % 8 == 0:
+            padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 32 - rows)))  # cuBLAS wants more than 16 rows
+            return torch._int_mm(padded, weight.values.t())[:rows].float().mul_(row_scales)
+        if not values.is_cuda and CPU_INT8:
+            return _onednn(values, weight).mul_(row_scales)
+    if (
+        plain
+        and values.is_cuda
+        and dtype == torch.bfloat16
+        and columns % 16 == 0
+        and out % 16 == 0
+        and _has_fp8(values)
+    ):
+        one = torch.ones((), device=values.device)
+        product = torch._scaled_mm(values, weight.values.t(), one, one, out_dtype=torch.float32)
+        return product.mul_(row_scales)
+    return _times(values.float(), codes(weight), dtype)
+
+
+def _onednn(values, weight):
+    """The integer product, through oneDNN: x is shifted to unsigned, and oneDNN takes the shift out again."""
+    packed, ones, zeros = kept(weight, "onednn", _for_onednn)
+    shifted = (values.short() + 128).to(torch.uint8)
+    return torch.ops.onednn.qlinear_pointwise(
+        shifted, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def _for_onednn(weight):
+    out = weight.shape[0]
+    return torch.ops.onednn.qlinear_prepack(weight.values, None), torch.ones(out), torch.zeros(out, dtype=torch.int64)
+
+
+def _has_fp8(x):
+    return torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def _by_group(x, weight):
+    """Integers x [rows, in] times Codes: the products of a group are exact in float32, then its scale is applied."""
+    values, scales, group = weight
+    x = torch.nn.functional.pad(x, (0, values.shape[1] - x.shape[1])).unflatten(1, (-1, group)).transpose(0, 1)
+    y = torch.empty(x.shape[1], values.shape[0], device=x.device)
+    step = max(16, PIECE // max(values.shape[1], x.shape[0] * x.shape[1]))
+    for begin in range(0, values.shape[0], step):
+        rows = slice(begin, begin + step)
+        piece = values[rows].float().unflatten(1, (-1, group)).permute(1, 2, 0)  # [groups, group, out]
+        y[:, rows] = torch.bmm(x, piece).mul_(scales[rows].t()[:, None]).sum(0)
+    return y
+
+
+def _times(x, weight, dtype):
+    """x [rows, in] times Codes."""
+    if not x.is_cuda:
+        return _converted(x.float(), weight)
+    values, scales, group = weight
+    if group:
+        values = (values.float().unflatten(1, (-1, group)) * scales[..., None]).flatten(1)[:, : x.shape[1]]
+    y = dense(x, values.to(dtype), dtype)
+    return y if group else y.mul_(scales.flatten())
+
+
+def _converted(x, weight):
+    """x float32 times Codes on CPU, converted to float32 a piece at a time."""
+    values, scales, group = weight
+    out, columns = values.shape
+    step = max(16, PIECE // columns)
+    if out <= step and not group:
+        y = linear(x, values.float())
+        return y if scales is None else y.mul_(scales.flatten())
+    y = torch.empty(x.shape[0], out)
+    buffer = torch.empty(min(step, out), columns)
+    for begin in range(0, out, step):
+        rows = slice(begin, min(begin + step, out))
+        piece = buffer[: rows.stop - begin].copy_(values[rows])
+        if group:
+            piece.view(piece.shape[0], -1, group).mul_(scales[rows, :, None])
+        y[:, rows] = linear(x, piece[:, : x.shape[1]])
+    return y if group or scales is None else y.mul_(scales.flatten())

@@ -1,0 +1,36 @@
+"""lora_gemm through torch's matrix products."""
+
+import torch
+from torch.nn.functional import linear
+
+from ._common import refuse_device
+
+TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
+
+
+def refuse(y, x, a, b, adapters, scales):
+    yield from refuse_device(x)
+
+
+def run(y, x, a, b, adapters, scales):
+    if not y.numel():
+        return
+    if y.is_cuda:
+        _all_adapters(y, x, a, b, adapters, scales)
+        return
+    which = adapters.tolist()
+    for i in sorted(set(which) - {-1}):
+        rows = torch.tensor([row for row, adapter in enumerate(which) if adapter == i])
+        update = linear(linear(x[rows].float(), a[i].float()), b[i].float()).mul_(scales[i])
+        y[rows] = update.add_(y[rows]).to(y.dtype)
+
+
+def _all_adapters(y, x, a, b, adapters, scales):
+    """Every adapter for every row, in two products, and only a row's own part kept: no look at `adapters`."""
+    count, rank, columns = a.shape
+    own = adapters[:, None] == torch.arange(count, device=y.device)  # [rows, count]
+    hidden = linear(x.float(), a.reshape(-1, columns).float()).view(-1, count, rank)
+    hidden = torch.where(own[..., None], hidden * scales[:, None], 0).flatten(1)
+    used = torch.where(own.any(0)[:, None, None], b, 0)  # an adapter that no row names may hold NaN
+    update = linear(hidden, used.transpose(0, 1).flatten(1).float())
+    y.copy_(torch.where((adapters >= 0)[:, None], (update + y).to(y.dtype), y))
