@@ -64,6 +64,17 @@ PYBIND11_MODULE(_native, module) {
   dtypes["float8_e4m3fn"] = int(kFloat8E4M3);
   dtypes["float8_e5m2"] = int(kFloat8E5M2);
   module.attr("DTYPES") = dtypes;
+  using namespace py::literals;
+  module.attr("STORAGE") = py::dict("dense"_a = int(kDense), "int4"_a = int(kInt4Panels), "fp4"_a = int(kFp4Panels),
+                                    "int8"_a = int(kInt8Panels), "float8"_a = int(kFloat8Panels),
+                                    "int4_products"_a = int(kInt4Products), "int8_products"_a = int(kInt8Products));
+  module.attr("ROUNDING") = py::dict("none"_a = int(kNoRounding), "int8"_a = int(kToInt8), "fp8"_a = int(kToFloat8));
+  module.attr("NORM") = py::dict("none"_a = int(kNoNorm), "rms"_a = int(kRmsNorm), "layer"_a = int(kLayerNorm));
+  module.attr("ACTIVATION") =
+      py::dict("none"_a = int(kNoActivation), "silu"_a = int(kSilu), "gelu"_a = int(kGelu), "gelu_tanh"_a = int(kGeluTanh),
+               "relu"_a = int(kRelu), "swiglu"_a = int(kSwiglu), "geglu"_a = int(kGeglu));
+  kernel(module, "gemm", &Table::gemm);
+  kernel(module, "lora_gemm", &Table::lora_gemm);
   kernel(module, "paged_attention", &Table::paged_attention);
   kernel(module, "rms_norm", &Table::rms_norm);
 }

@@ -1,7 +1,8 @@
 // Four-bit codes and 8-bit integers in 32-bit lanes: how an instruction set reads them and multiplies them.
 //
 //   Words                 kLanes words of 32 bits; a lane is an output channel
-//   load_words(p)
+//   load_words(p), floats(w)
+//   power_below(x)        2^e <= |x| < 2^(e+1)
 //   nibble(w, i, high)    the float 0..15 of bits 4i .. 4i+3, minus (high - 2^23): one `or` and one subtraction, exact
 //   fp4(w, i)             the e2m1 number in bits 4i .. 4i+3
 //   Bytes, nibble_bytes   eight codes a lane as bytes: the even columns, then the odd ones
@@ -23,9 +24,11 @@ LLMKERNELS_INLINE T read(const void* from) {
 #if defined(__AVX512BF16__)
 
 using Words = __m512i;
-LLMKERNELS_INLINE Words no_words() { return _mm512_setzero_si512(); }
 LLMKERNELS_INLINE Words load_words(const uint8_t* from) { return _mm512_loadu_si512(from); }
 LLMKERNELS_INLINE Floats floats(Words x) { return _mm512_cvtepi32_ps(x); }
+LLMKERNELS_INLINE Floats power_below(Floats x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000)));
+}
 
 LLMKERNELS_INLINE Floats nibble(Words w, int i, Floats high) {
   const Words code = _mm512_and_si512(_mm512_srli_epi32(w, 4 * i), _mm512_set1_epi32(15));
@@ -82,11 +85,13 @@ LLMKERNELS_INLINE Words dot(Words sum, Quads codes, const QuadInput* x) {
 #elif defined(__AVX2__)
 
 using Words = __m256i;
-LLMKERNELS_INLINE Words no_words() { return _mm256_setzero_si256(); }
 LLMKERNELS_INLINE Words load_words(const uint8_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 LLMKERNELS_INLINE Floats floats(Words x) { return _mm256_cvtepi32_ps(x); }
+LLMKERNELS_INLINE Floats power_below(Floats x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7f800000)));
+}
 
 LLMKERNELS_INLINE Floats nibble(Words w, int i, Floats high) {
   const Words code = _mm256_and_si256(_mm256_srli_epi32(w, 4 * i), _mm256_set1_epi32(15));
@@ -130,9 +135,9 @@ LLMKERNELS_INLINE Words dot(Words sum, Quads codes, const QuadInput* x) {
 #else
 
 typedef uint32_t Words __attribute__((vector_size(16)));
-LLMKERNELS_INLINE Words no_words() { return Words{}; }
 LLMKERNELS_INLINE Words load_words(const uint8_t* from) { return read<Words>(from); }
 LLMKERNELS_INLINE Floats floats(Words x) { return __builtin_convertvector(bit_cast<Ints>(x), Floats); }
+LLMKERNELS_INLINE Floats power_below(Floats x) { return bit_cast<Floats>(bit_cast<Words>(x) & 0x7f800000); }
 
 LLMKERNELS_INLINE Floats nibble(Words w, int i, Floats high) {
   return bit_cast<Floats>(((w >> (4 * i)) & 15) | 0x4b000000) - high;
@@ -186,5 +191,11 @@ LLMKERNELS_INLINE Floats load_codes(const e4m3* from) {
 #else
 LLMKERNELS_INLINE Floats load_codes(const e4m3* from) { return load(from) * broadcast(1.0f / 256); }
 #endif
+
+// Rounds |x| <= 448 to the numbers of e4m3, ties to even: adding 1.5 * 2^20 times the power of two below x leaves four bits.
+LLMKERNELS_INLINE Floats round_e4m3(Floats x) {
+  const Floats large = max(broadcast(0x1p-6f), power_below(x)) * broadcast(0x1.8p20f);
+  return x + large - large;
+}
 
 }  // namespace llmkernels::LLMKERNELS_ISA

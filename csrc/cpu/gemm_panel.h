@@ -4,8 +4,8 @@
 //   bytes         [panels][columns][64 channels]                  int8 and e4m3 that are read as numbers
 //   quads         [panels][columns / 4][64 channels][4 columns]   int8 that meets int8
 //
-// so that a load gives neighbouring channels and a panel is one stream through memory.  A chunk is the columns that share
-// a scale, at most 128.  Its products are summed on their own, in registers, and then scaled and added up in float32:
+// so that a load gives neighbouring channels and a panel is one stream through memory.  A chunk is columns that share a scale.
+// Its products are summed on their own, in registers, and then scaled and added up in float32:
 //
 //   total[row][channel] += scale[channel] * factor[row] * (sum over the chunk of (code - zero) * x)
 //
@@ -14,14 +14,13 @@
 //   kParts, kBytes             parts in a load; bytes that one load of all 64 channels covers
 //   kOffset, kLazy             offset = zero + kOffset is taken off the codes: by part(), or (lazy) from the sum
 #pragma once
+#include "cpu/gemm_call.h"
 #include "cpu/gemm_codes.h"
 
 namespace llmkernels::LLMKERNELS_ISA {
 
-constexpr int kPanel = 64;
 constexpr int kVectors = kPanel / kLanes;
-constexpr int kChunk = 128;     // columns whose decoded panel, 32 KiB of float32, stays in the nearest caches
-constexpr int kAhead = 4096;    // bytes that weights are asked for before they are needed: a panel is one stream
+constexpr int kAhead = 4096;  // bytes that weights are asked for before they are needed: a panel is one stream
 constexpr int kInOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 constexpr int kInHalves[8] = {0, 4, 1, 5, 2, 6, 3, 7};    // nibbles i and i + 4 are the halves of a lane
 constexpr int kEvenFirst[8] = {0, 2, 4, 6, 1, 3, 5, 7};   // low nibbles of bytes, then high ones
@@ -237,7 +236,7 @@ void decode(const Source& source, int64_t steps, uint8_t* panel) {
 }
 
 // totals[rows][64] += one chunk's products.  Few rows multiply what is decoded in registers; for more it is decoded once,
-// into `scratch` (kChunk * 64 floats).  The sums are the same, bit for bit.
+// into `scratch`, 16 KiB.  The sums are the same, bit for bit.
 template <class Source>
 void multiply_chunk(const Source& source, const typename Source::Input* x, int64_t x_stride, int rows, int64_t columns,
                     const Scaling& scaling, float* totals, uint8_t* scratch) {

@@ -1,8 +1,6 @@
 // Rows of x on their way into a product: residual, norm, act-order, rounding, and the order in which weights want them.
 #pragma once
 #include "cpu/gemm_panel.h"
-#include "cpu/parallel.h"
-#include "cpu/table.h"
 
 namespace llmkernels::LLMKERNELS_ISA {
 
@@ -86,6 +84,9 @@ inline float round_span(const GemmCall& call, float* s, int64_t count) {
   return finite ? scale : __builtin_nanf("");
 }
 
+LLMKERNELS_INLINE float number(float x) { return x; }
+LLMKERNELS_INLINE float number(bf16 x) { return widen(x); }
+LLMKERNELS_INLINE float number(int x) { return float(x); }
 template <class Input>
 LLMKERNELS_INLINE Input encoded(float value) {
   if constexpr (__is_same(Input, float) || __is_same(Input, bf16)) {
@@ -95,11 +96,11 @@ LLMKERNELS_INLINE Input encoded(float value) {
   }
 }
 
-// One row, from the arrays of the call to `rows`.  `work` is two rows of float32.
-template <class Source, class T>
-void prepare_row(const GemmCall& call, int64_t row, int64_t chunk, const Rows<typename Source::Input>& rows, int64_t into,
-                 float* work) {
-  using Input = typename Source::Input;
+// Row `row` of the call, into row `into` of those that are ready.  `work` is two rows of float32.
+template <class Weight, class T>
+void prepare_row(const GemmCall& call, int64_t row, const Rows<typename Weight::Input>& rows, int64_t into, float* work) {
+  using Input = typename Weight::Input;
+  const int64_t chunk = call.template chunk<Input>(), span = call.rounding_group ? call.rounding_group : call.columns;
   float* s = work;
   add_residual<T>(call, row, s);
   if (call.norm != kNoNorm) normalize<T>(call, s);
@@ -108,18 +109,17 @@ void prepare_row(const GemmCall& call, int64_t row, int64_t chunk, const Rows<ty
     for (int64_t i = 0; i < call.columns; ++i) stored[i] = s[call.permutation[i]];
   for (int64_t i = call.columns; i < rows.padded; ++i) stored[i] = 0;
 
-  float whole = 1.0f;
-  if (call.rounding != kNoRounding && !call.rounding_group) whole = round_span(call, stored, call.columns);
+  float factor = 1.0f;
   Input* x = rows.x + into * rows.padded;
   for (int64_t c = 0; c < rows.chunks; ++c) {
     const int64_t first = c * chunk, end = least(first + chunk, call.columns);
-    float factor = whole;
-    if (call.rounding_group) factor = round_span(call, stored + first, end - first);
+    if (call.rounding != kNoRounding && first % span == 0)
+      factor = round_span(call, stored + first, least(span, call.columns - first));
     float total = 0;
     for (int64_t block = first; block < end; block += 8)
       for (int i = 0; i < 8; ++i) {
-        x[block + i] = encoded<Input>(stored[block + Source::kOrder[i]]);
-        total += widened(x[block + i]);
+        x[block + i] = encoded<Input>(stored[block + Weight::kOrder[i]]);
+        total += number(x[block + i]);
       }
     rows.factors[into * rows.chunks + c] = factor;
     rows.sums[into * rows.chunks + c] = total;

@@ -3,6 +3,8 @@
 // All code below lives in llmkernels::<isa>, and uses no template or inline function from outside: the linker keeps one
 // copy of such a function, and if it kept the AVX-512 one, the portable kernels would crash on an older processor.
 #pragma once
+#include "cpu/gemm.h"
+#include "cpu/lora_gemm.h"
 #include "cpu/paged_attention.h"
 #include "cpu/parallel.h"
 #include "cpu/rms_norm.h"
@@ -18,6 +20,8 @@ extern const Table kernels;
 constexpr Table kernels = [] {  // a constant: nothing of an instruction set may run when the module is loaded
   Table table{};
   table.name = LLMKERNELS_TEXT(LLMKERNELS_ISA);
+  table.gemm = gemm;
+  table.lora_gemm = lora_gemm;
   table.paged_attention = paged_attention;
   table.rms_norm = rms_norm;
   return table;

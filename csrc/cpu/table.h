@@ -21,8 +21,34 @@ enum Status : int {
   kBadIndex,  // a page, slot or position outside its array; read nowhere, what was written is incomplete
 };
 
+// How a product's weight lies in memory: gemm_panel.h.
+enum Storage : int { kDense, kInt4Panels, kFp4Panels, kInt8Panels, kFloat8Panels, kInt4Products, kInt8Products };
+enum Rounding : int { kNoRounding, kToInt8, kToFloat8 };
+enum Norm : int { kNoNorm, kRmsNorm, kLayerNorm };
+enum Activation : int { kNoActivation, kSilu, kGelu, kGeluTanh, kRelu, kSwiglu, kGeglu };
+
 struct Table {
   const char* name;
+
+  // y[rows outputs] = act(norm(x + residual) @ weight^T + bias), llmkernels/ops/norm_linear_activation.py; outputs is
+  // features, or half of them where the activation is gated.  All arrays of floats have `dtype`, but scales.
+  //   weight     storage kDense: [features columns], values_stride apart.  Others are panels of 64 channels, gated ones
+  //              interleaved, with scales of scales_dtype and zero_points [panels][groups][64]; group 0: one scale a channel.
+  //   x          stored column j is column permutation[j] of x.  rounding_group 0: the whole row; input_scale: float32[1]
+  // Null where absent: zero_points, permutation, input_scale, norm_weight, norm_bias, residual, residual_out, bias.
+  // y, residual_out, bias, norm_weight and norm_bias are contiguous.
+  Status (*gemm)(int storage, const void* values, int64_t values_stride, int scales_dtype, const void* scales,
+                 const void* zero_points, int64_t group, const void* permutation, int64_t features, int64_t columns,
+                 int rounding, int64_t rounding_group, const void* input_scale, int norm, const void* norm_weight,
+                 const void* norm_bias, float eps, int dtype, const void* x, int64_t x_stride, const void* residual,
+                 int64_t residual_stride, void* residual_out, int64_t rows, const void* bias, int activation, void* y,
+                 int threads);
+
+  // y[r] += scales[i] * (x[r] @ a[i]^T) @ b[i]^T, i = adapters[r]; rows with -1 stay untouched.  a [count rank columns] is
+  // contiguous, b [count outputs rank] has unit stride in its outputs or ranks; adapters are int32, scales float32.
+  Status (*lora_gemm)(int dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride, const void* a, const void* b,
+                      int64_t b_adapter, int64_t b_output, int64_t b_rank, const void* adapters, const void* scales,
+                      int64_t rows, int64_t columns, int64_t outputs, int64_t rank, int64_t count, int threads);
 
   // y[rows hidden] = weight[hidden] * s / sqrt(mean(s^2) + eps), s = x + residual; residual and residual_out may be null.
   // y and residual_out are contiguous.
