@@ -217,13 +217,16 @@ def test_the_shipped_checkpoint_says_what_transformers_says():
     )
     llm = LLM(dtype="float32", max_batch_tokens=16)
     outputs = llm.generate(
-        ["The read() system call", "import", "A package must not depend on"], SamplingParams(max_tokens=24)
+        ["The read() system call", "import", "A package must not depend on"],
+        SamplingParams(max_tokens=24, logprobs=True),
     )
     for output in outputs:
         prompt = torch.tensor([output.prompt_tokens])
         want = model.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=2)[0, prompt.shape[1] :].tolist()
         assert output.tokens == want
         assert output.text == llm.tokenizer.decode(want)
+        logprobs = expected(model, output.prompt_tokens + want, 24).log_softmax(-1)
+        assert output.logprobs == pytest.approx([logprobs[i, token].item() for i, token in enumerate(want)], abs=1e-4)
 
 
 def test_the_draft_reads_the_same_vocabulary():
@@ -298,6 +301,21 @@ def test_the_metadata_pass_every_check(models):
     with llmkernels.use(checked=True):
         assert [output.tokens for output in llm.generate(prompts, wish)] == unchecked
     assert llm._scheduler.preemptions
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.int8, 127), (torch.float8_e4m3fn, 448)])
+def test_scales_of_a_quantized_cache_just_fit(dtype, limit):
+    config = Checkpoint(shipped_model()).config
+    sample, cache = (KVCache(config, 3, 4, kind, CPU) for kind in (torch.float32, dtype))
+    sample.k.normal_(generator=torch.Generator().manual_seed(1))
+    sample.v.copy_(sample.k).mul_(3)
+    for held in (sample.k, sample.v):
+        held[:, 2:] = 99  # a page that is not part of the sample
+    cache.scales_from(sample, 2)
+    for layer in range(config.layers):
+        largest = sample.k[layer, :2].abs().amax((0, 1, 3))
+        torch.testing.assert_close(cache.k_scale[layer] * limit, largest)
+        torch.testing.assert_close(cache.v_scale[layer] * limit, 3 * largest)
 
 
 @pytest.mark.parametrize(

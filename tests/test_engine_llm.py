@@ -51,6 +51,29 @@ def test_preemption_changes_no_text(llm):
     assert tight._scheduler.pool.free == 8
 
 
+def test_every_wish_reaches_the_sample_op(llm, monkeypatch):
+    """Row by row, with a new number for each token; what no row asks for is left out."""
+    calls, sample = [], llmkernels.sample
+
+    def noted(logits, numbers, **options):
+        calls.append({"uniform": numbers} | options)
+        return sample(logits, numbers, **options)
+
+    monkeypatch.setattr(llmkernels, "sample", noted)
+    wishes = [sampled(5, top_k=9), sampled(6, top_p=0.5, temperature=0.3), SamplingParams(seed=7, ignore_eos=True)]
+    outputs = llm.generate([[5], [6], [7]], wishes)
+    llm.generate([8], SamplingParams(max_tokens=1))
+    first = {name: values.tolist() for name, values in calls[0].items()}
+    assert first["temperature"] == pytest.approx([0.9, 0.3, 0])
+    assert first["top_p"] == pytest.approx([0.95, 0.5, 1])
+    assert first["top_k"] == [9, 0, 0]
+    assert "min_p" not in first
+    assert set(calls[-1]) == {"uniform", "temperature"}
+    for row, output in enumerate(outputs[:2]):
+        numbers = [call["uniform"][row].item() for call in calls[: len(output.tokens)]]
+        assert numbers == [uniform(output.seed, counter) for counter in range(len(output.tokens))]
+
+
 def test_uniform_numbers_are_uniform_and_repeatable():
     numbers = torch.tensor([uniform(seed, counter) for seed in range(100) for counter in range(100)])
     assert uniform(5, 7) == uniform(5, 7)
