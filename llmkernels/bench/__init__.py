@@ -137,7 +137,7 @@ def _time(subject: Subject, backend: str, budget: float) -> tuple[float, float, 
     try:
         wrong, error_, tolerance = subject.judge(subject.answers(run, call, arrays))
     except Exception as error:  # whatever an implementation raises is told, and the others are still timed
-        return f"raised {type(error).__name__}: {error}"
+        return _raised(error)
     if wrong:
         return f"fails parity: {wrong}"
     runs = [bound(subject.contract, run, fresh()) for _ in range(copies(subject))]
@@ -162,11 +162,16 @@ def _time_peer(subject: Subject, prepare: others.Prepare, budget: float) -> floa
             return None
         wrong, _, _ = subject.judge(subject.answers(lambda *_, **__: run(), call), PEER_SLACK)
     except Exception as error:  # as above; peers are other people's code
-        return f"raised {type(error).__name__}: {error}"
+        return _raised(error)
     if wrong:
         return f"fails parity: {wrong}"
     runs = [made for _ in range(copies(subject)) if (made := prepare(subject.copy()))]
     return seconds(runs, subject.device, budget)
+
+
+def _raised(error: Exception) -> str:
+    """The first line: torch's errors go on for pages."""
+    return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _platform(times: dict[str, tuple[float, float, float]], backend: str) -> dict[str, float]:

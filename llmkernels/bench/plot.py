@@ -30,6 +30,7 @@ OFFSETS = (  # where a label may stand: points to the right and up, which of its
     *((-7, 7, "right", "bottom", 0), (-7, -7, "right", "top", 0)),
     *((0, -9, "center", "top", 90), (0, 9, "center", "bottom", 90)),  # in a crowd
 )
+CLOSE = 2.0  # times one roof is higher than another whose name it carries
 FONT: Any = {"font.family": ["DejaVu Sans"], "font.size": 10, "axes.linewidth": 0.8}
 
 
@@ -125,20 +126,23 @@ def _roofs(panel: "Axes", roofs: Sequence[str], ceilings: Ceilings) -> list[Any]
     panel.fill_between(x, np.minimum(speed * x, highest), top, color=SHADE, zorder=1, lw=0)
     ridge = highest / speed
     panel.plot([left, ridge], [speed * left, highest], color=ROOF, lw=2, zorder=3, solid_capstyle="round")
-    texts = []
     place: dict[str, Any] = {"textcoords": "offset points", "size": 9.5, "va": "bottom", "color": INK}
-    for rate in set(rates.values()):
-        names = ", ".join(name for name in roofs if rates[name] == rate)
+    texts, shelf = [], highest
+    words: dict[float, list[str]] = {}  # roofs too close for two lines of text share one, on the higher roof
+    for name in sorted(rates, key=lambda name: -rates[name]):
+        rate = rates[name]
         panel.plot([rate / speed, right], [rate, rate], color=ROOF, lw=2, zorder=3, solid_capstyle="round",
                    alpha=1 if rate == highest else 0.45)  # fmt: skip
-        words = f"{names}  {with_unit(rate, 'op/s')}"
-        texts.append(panel.annotate(words, (right, rate), (-4, 4), ha="right", **place))
+        shelf = shelf if rate > shelf / CLOSE else rate
+        words.setdefault(shelf, []).append(f"{name} {with_unit(rate, 'op/s')}")
+    for rate, names in words.items():
+        texts.append(panel.annotate("   ".join(names), (right, rate), (-4, 4), ha="right", **place))
     box = panel.get_window_extent()
     angle = np.degrees(np.arctan2(box.height / np.log10(top / bottom), box.width / np.log10(right / left)))
     at = max(left * 1.5, bottom / speed * 1.5)
-    words = f"memory  {with_unit(speed, 'B/s')}"
+    slope = f"memory {with_unit(speed, 'B/s')}"
     turned = {"rotation": angle, "rotation_mode": "anchor"}
-    return [*texts, panel.annotate(words, (at, speed * at), (0, 5), **turned, **place)]
+    return [*texts, panel.annotate(slope, (at, speed * at), (0, 5), **turned, **place)]
 
 
 def _spread(panel: "Axes", *numbers: Sequence[float]) -> list[tuple[float, float]]:

@@ -80,7 +80,9 @@ class Subject:
         got = [to_torch(value) for value in got]
         if self.contract.judge:
             returned = got[: len(got) - len(self._written)]
-            complaints = self.contract.judge(self.call, returned[0] if len(returned) == 1 else tuple(returned))
+            call = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in self.call.items()}
+            told = tuple(x.cpu() for x in returned)
+            complaints = self.contract.judge(call, told[0] if len(told) == 1 else told)
             return "; ".join(complaints), 0.0, 0.0
         names = [*self.contract.outputs(self.call), *self._written]
         if len(got) != len(names):

@@ -12,6 +12,7 @@ from llmkernels.cli.screen import colored, console, progress, show_json
 if TYPE_CHECKING:
     from llmkernels.testing import Result
 
+NEWLINE = "\n"
 SHOWN = 40  # failures in the table; --json has them all
 
 
@@ -101,7 +102,7 @@ def _show(backend: str, mode: str, device: str, results: list["Result"]) -> None
     for r in failures[:SHOWN]:
         screen.print(f"[red]failed[/] {r.op} {r.dtype} [bold]{r.case}[/]", soft_wrap=True)
         for reason in r.reasons:
-            screen.print(f"       {reason}", markup=False, soft_wrap=True)
+            screen.print(f"       {reason.partition(NEWLINE)[0]}", markup=False, soft_wrap=True)
     if len(failures) > SHOWN:
         screen.print(f"       and {len(failures) - SHOWN} more: --json lists them")
     counts = Counter(r.verdict for r in results)
