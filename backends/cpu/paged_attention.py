@@ -3,18 +3,13 @@
 import torch
 
 from . import _native
-from ._call import DTYPES, pointer
+from ._call import DTYPES, channels, pointer, spread_channels
 
 TRAITS = {"deterministic": True, "batch_invariant": True, "accumulate": "float32"}
 
 
 def refuse(q, k_cache, v_cache, *rest, **options):
-    reasons = []
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
-            reasons.append(("LAYOUT", f"the last stride of {name} is {x.stride(-1)}; channels must lie side by side",
-                            f"keep {name} with the channels as its last axis in memory"))  # fmt: skip
-    return reasons
+    return [*spread_channels(k_cache=k_cache, v_cache=v_cache)]
 
 
 def run(
@@ -25,8 +20,7 @@ def run(
     pages, page_size, kv_heads, v_dim = v_cache.shape
     out = torch.empty((tokens, heads, v_dim), dtype=q.dtype)
     lse = torch.empty((tokens, heads), dtype=torch.float32) if return_lse else None
-    if block_table.stride(-1) != 1:
-        block_table = block_table.contiguous()
+    q, block_table = channels(q), channels(block_table)
     per_head = any(s is not None and s.numel() > 1 for s in (k_scale, v_scale))
     if per_head:  # one value for all heads and one for each, as one kind
         k_scale, v_scale = (s if s is None else s.expand(kv_heads) for s in (k_scale, v_scale))

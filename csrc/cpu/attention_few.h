@@ -6,7 +6,7 @@
 //            +--+--+--+--+--+--+            rows.  Pass 2: the softmax of each row.  Pass 3: kTile values at a time, R rows
 //                                           x C vectors of sums stay in registers.
 //
-// Meanwhile the keys, then the values, kAhead rows further on are fetched: pages lie anywhere, no processor guesses them.
+// Meanwhile the keys, then the values, kRowsAhead rows further on are fetched: pages lie anywhere, no processor guesses them.
 #pragma once
 #include <type_traits>
 
@@ -16,11 +16,11 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 constexpr int64_t kSplit = 512;     // keys of a unit: 256 KB of bfloat16 heads of 128
 constexpr int64_t kFewRows = 32;    // above these, packing keys into tiles pays
-constexpr int64_t kTile = 16;       // values summed between two loads of the running sums
-constexpr int64_t kAhead = 16;      // rows fetched ahead: 4 KB of bfloat16 heads of 128
-constexpr int64_t kBlock = 2 * kLanes;
+constexpr int64_t kTile = 8;        // values summed between two loads of the running sums
+constexpr int64_t kRowsAhead = 16;      // rows fetched ahead: 4 KB of bfloat16 heads of 128
+constexpr int64_t kTwoLanes = 2 * kLanes;
 
-// kBlock elements as two vectors.  bfloat16 come as even and odd ones, which costs less than their order.
+// kTwoLanes elements as two vectors.  bfloat16 come as even and odd ones, which costs less than their order.
 struct Two {
   Floats first, second;
 };
@@ -35,7 +35,7 @@ LLMKERNELS_INLINE Two load_two(const T* from) {
 }
 LLMKERNELS_INLINE Floats dot(Two a, Two b, Floats c) { return fma(a.second, b.second, fma(a.first, b.first, c)); }
 
-// kBlock elements as the dot product wants them.
+// kTwoLanes elements as the dot product wants them.
 template <class T>
 LLMKERNELS_INLINE auto load_block(const T* from) {
   if constexpr (kPairDot && std::is_same_v<T, bf16>) {
@@ -47,7 +47,7 @@ LLMKERNELS_INLINE auto load_block(const T* from) {
 // n elements and zeros.
 template <class T>
 struct Padded {
-  T elements[kBlock] = {};
+  T elements[kTwoLanes] = {};
   LLMKERNELS_INLINE Padded(const T* from, int64_t n) { std::memcpy(elements, from, n * sizeof(T)); }
 };
 
@@ -55,21 +55,21 @@ struct Padded {
 template <int R, class T, class Query>
 LLMKERNELS_INLINE void score_tile(const Query* queries, const T* const* keys, int64_t dim, float* scores) {
   constexpr int kKeys = kLanes / R;
-  const int64_t blocks = ceil_div(dim, kBlock), whole = dim / kBlock;
+  const int64_t blocks = ceil_div(dim, kTwoLanes), whole = dim / kTwoLanes;
   Floats totals[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) totals[i] = zeros();
   for (int64_t b = 0; b < whole; ++b) {
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
-      const auto key = load_block(keys[j] + b * kBlock);
+      const auto key = load_block(keys[j] + b * kTwoLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) totals[r * kKeys + j] = dot(queries[r * blocks + b], key, totals[r * kKeys + j]);
     }
   }
   if (whole < blocks)
     for (int j = 0; j < kKeys; ++j) {
-      const auto key = load_block(Padded<T>(keys[j] + whole * kBlock, dim - whole * kBlock).elements);
+      const auto key = load_block(Padded<T>(keys[j] + whole * kTwoLanes, dim - whole * kTwoLanes).elements);
       for (int r = 0; r < R; ++r) totals[r * kKeys + j] = dot(queries[r * blocks + whole], key, totals[r * kKeys + j]);
     }
   float products[kLanes];
@@ -86,14 +86,14 @@ LLMKERNELS_INLINE void value_tile(const float* weights, const T* const* values, 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) totals[r][c] = load_two(sums + r * stride + column + c * kBlock);
+    for (int c = 0; c < C; ++c) totals[r][c] = load_two(sums + r * stride + column + c * kTwoLanes);
   for (int64_t j = 0; j < count; ++j) {
     Two value[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      const T* from = values[j] + column + c * kBlock;
-      value[c] = columns >= (c + 1) * kBlock ? load_two(from)
-                                             : load_two(Padded<T>(from, columns - c * kBlock).elements);
+      const T* from = values[j] + column + c * kTwoLanes;
+      value[c] = columns >= (c + 1) * kTwoLanes ? load_two(from)
+                                             : load_two(Padded<T>(from, columns - c * kTwoLanes).elements);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -109,8 +109,8 @@ LLMKERNELS_INLINE void value_tile(const float* weights, const T* const* values, 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      store(sums + r * stride + column + c * kBlock, totals[r][c].first);
-      store(sums + r * stride + column + c * kBlock + kLanes, totals[r][c].second);
+      store(sums + r * stride + column + c * kTwoLanes, totals[r][c].first);
+      store(sums + r * stride + column + c * kTwoLanes + kLanes, totals[r][c].second);
     }
 }
 
@@ -125,8 +125,8 @@ LLMKERNELS_INLINE void each_rows(int64_t rows, Use use) {
 
 template <class T>
 int64_t few_bytes(const AttentionCall& call) {
-  const int64_t blocks = ceil_div(call.dim, kBlock), pointers = 2 * (kSplit + kLanes) * sizeof(void*);
-  return pointers + kFewRows * (kSplit * sizeof(float) + blocks * kBlock * sizeof(float)) + kBlock * blocks * 4;
+  const int64_t blocks = ceil_div(call.dim, kTwoLanes), pointers = 2 * (kSplit + kLanes) * sizeof(void*);
+  return pointers + kFewRows * (kSplit * sizeof(float) + blocks * kTwoLanes * sizeof(float)) + kTwoLanes * blocks * 4;
 }
 
 template <class T>
@@ -135,7 +135,7 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
   using Q = std::conditional_t<sizeof(T) == 1, float, T>;
   using Query = decltype(load_block(static_cast<const Q*>(nullptr)));
   const int64_t rows = unit.rows(), keys = unit.keys(), padded = ceil_div(keys, kLanes) * kLanes;
-  const int64_t blocks = ceil_div(call.dim, kBlock), width = ceil_div(call.v_dim, kBlock) * kBlock;
+  const int64_t blocks = ceil_div(call.dim, kTwoLanes), width = ceil_div(call.v_dim, kTwoLanes) * kTwoLanes;
   Query* queries = reinterpret_cast<Query*>(memory);
   float* scores = reinterpret_cast<float*>(queries + kFewRows * blocks);
   const T** list = reinterpret_cast<const T**>(scores + kFewRows * kSplit);  // keys, padding, then values
@@ -148,12 +148,12 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
     if (i < padded) prefetch_row(list[i], call.dim);
     else if (i < padded + keys) prefetch_row(list[i], call.v_dim);
   };
-  for (int64_t i = 0; i < kAhead; ++i) fetch(i);
+  for (int64_t i = 0; i < kRowsAhead; ++i) fetch(i);
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t offset = query_offset(call, unit, unit.first_row + r);
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t n = least(kBlock, call.dim - b * kBlock), at = offset + b * kBlock;
+      const int64_t n = least(kTwoLanes, call.dim - b * kTwoLanes), at = offset + b * kTwoLanes;
       if constexpr (std::is_same_v<T, Q>) {
         queries[r * blocks + b] = load_block(Padded<Q>(static_cast<const Q*>(call.q) + at, n).elements);
       } else {
@@ -167,7 +167,7 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
     }
   }
   for (int64_t j = 0; j < padded; j += kLanes) {
-    for (int i = 0; i < kLanes; ++i) fetch(j + i + kAhead);
+    for (int i = 0; i < kLanes; ++i) fetch(j + i + kRowsAhead);
     each_rows(rows, [&](int64_t r, auto R) {
       for (int i = 0; i < kLanes; i += kLanes / R)
         score_tile<R>(queries + r * blocks, list + j + i, call.dim, scores + r * kSplit + j + i);
@@ -183,21 +183,21 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
   }
   for (int64_t j = 0; j < keys; j += kTile) {
     const int64_t count = least(kTile, keys - j);
-    for (int64_t i = 0; i < kTile; ++i) fetch(padded + j + i + kAhead);
+    for (int64_t i = 0; i < kTile; ++i) fetch(padded + j + i + kRowsAhead);
     each_rows(rows, [&](int64_t r, auto R) {
       constexpr int C = kRegisters / 4 / R;
       const float* weights = scores + r * kSplit + j;
       float* sums = found.values + r * found.stride;
       int64_t column = 0;
-      for (; column + C * kBlock <= call.v_dim; column += C * kBlock)
-        value_tile<R, C>(weights, values + j, count, column, C * kBlock, sums, found.stride);
-      for (; column < call.v_dim; column += kBlock)
+      for (; column + C * kTwoLanes <= call.v_dim; column += C * kTwoLanes)
+        value_tile<R, C>(weights, values + j, count, column, C * kTwoLanes, sums, found.stride);
+      for (; column < call.v_dim; column += kTwoLanes)
         value_tile<R, 1>(weights, values + j, count, column, call.v_dim - column, sums, found.stride);
     });
   }
   if constexpr (std::is_same_v<T, bf16>)
     for (int64_t r = 0; r < rows; ++r)
-      for (float *to = found.values + r * found.stride, *end = to + width; to < end; to += kBlock) {
+      for (float *to = found.values + r * found.stride, *end = to + width; to < end; to += kTwoLanes) {
         Floats first = load(to), second = load(to + kLanes);
         interleave(first, second);
         store(to, first);

@@ -77,4 +77,10 @@ PYBIND11_MODULE(_native, module) {
   kernel(module, "lora_gemm", &Table::lora_gemm);
   kernel(module, "paged_attention", &Table::paged_attention);
   kernel(module, "rms_norm", &Table::rms_norm);
+  kernel(module, "merge_attention", &Table::merge_attention);
+  kernel(module, "quantize_activation", &Table::quantize_activation);
+  kernel(module, "rotary_embedding", &Table::rotary_embedding);
+  kernel(module, "sample", &Table::sample);
+  kernel(module, "silu_and_mul", &Table::silu_and_mul);
+  kernel(module, "write_kv", &Table::write_kv);
 }

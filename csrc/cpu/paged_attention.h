@@ -81,7 +81,7 @@ inline void join(const Partial& part, int64_t rows, int64_t width, Partial joine
 
 template <class T>
 Status attend(const AttentionCall& call, int threads) {
-  const int64_t width = ceil_div(call.v_dim, kBlock) * kBlock, part_floats = kManyRows * (width + 2);
+  const int64_t width = ceil_div(call.v_dim, kTwoLanes) * kTwoLanes, part_floats = kManyRows * (width + 2);
   int64_t count = 0, parts = 0, most_rows = 1;
   if (!each_span(call, [&](const Span& span) {
         ++count;

@@ -25,6 +25,17 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 LLMKERNELS_INLINE Floats zeros() { return broadcast(0.0f); }
 
+LLMKERNELS_INLINE void store(e4m3* to, Floats x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) to[i] = narrow<e4m3>(lanes[i]);
+}
+LLMKERNELS_INLINE void store(e5m2* to, Floats x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) to[i] = narrow<e5m2>(lanes[i]);
+}
+
 // The first n lanes from memory, zero in the others.
 template <class T>
 LLMKERNELS_INLINE Floats load_part(const T* from, int64_t n) {

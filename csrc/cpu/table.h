@@ -61,15 +61,52 @@ struct Table {
   // seq_lens and cu_seqlens_q are int32.  Null where absent: sinks [heads], alibi_slopes [heads], k_scale and v_scale
   // [kv_heads] or one value, all float32; tree_mask [tokens, tree_words] uint32; lse [tokens, heads] float32.
   // out [tokens, heads, v_dim] has the dtype of q and is contiguous.
-  Status (*paged_attention)(int q_dtype, int cache_dtype, const void* q, int64_t q_token, int64_t q_head, const void* k_cache,
-                            int64_t k_page, int64_t k_slot, int64_t k_head, const void* v_cache, int64_t v_page,
-                            int64_t v_slot, int64_t v_head, int64_t pages, int64_t page_size, int64_t kv_heads,
-                            int64_t group, int64_t dim, int64_t v_dim, int64_t tokens, int64_t seqs,
+  Status (*paged_attention)(int q_dtype, int cache_dtype, const void* q, int64_t q_token, int64_t q_head,
+                            const void* k_cache, int64_t k_page, int64_t k_slot, int64_t k_head, const void* v_cache,
+                            int64_t v_page, int64_t v_slot, int64_t v_head, int64_t pages, int64_t page_size,
+                            int64_t kv_heads, int64_t group, int64_t dim, int64_t v_dim, int64_t tokens, int64_t seqs,
                             const void* block_table, int64_t table_stride, int64_t max_pages, const void* seq_lens,
-                            const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right, float soft_cap,
-                            const void* sinks, const void* alibi_slopes, const void* k_scale, const void* v_scale,
-                            bool scale_per_head, const void* tree_mask, int64_t tree_words, void* out, void* lse,
-                            int threads);
+                            const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right,
+                            float soft_cap, const void* sinks, const void* alibi_slopes, const void* k_scale,
+                            const void* v_scale, bool scale_per_head, const void* tree_mask, int64_t tree_words,
+                            void* out, void* lse, int threads);
+
+  // out = share_a * out_a + share_b * out_b, by float32 lse; -inf marks a part that saw no key.  out and lse are
+  // contiguous.
+  Status (*merge_attention)(int dtype, const void* out_a, int64_t a_token, int64_t a_head, const void* lse_a,
+                            int64_t lse_a_token, int64_t lse_a_head, const void* out_b, int64_t b_token,
+                            int64_t b_head, const void* lse_b, int64_t lse_b_token, int64_t lse_b_head, void* out,
+                            void* lse, int64_t tokens, int64_t heads, int64_t v_dim, int threads);
+
+  // values[rows hidden] int8 or e4m3, scales[rows groups]; `calibrated` 0: each group's own scale.  group is the width of
+  // a group, the whole row where there is one.
+  Status (*quantize_activation)(int dtype, int value_dtype, const void* x, int64_t x_stride, void* values,
+                                void* scales, float calibrated, int64_t rows, int64_t hidden, int64_t group,
+                                int64_t groups, int threads);
+
+  // Rotates the first 2 * half channels; cos and sin [max_positions, half] float32, positions int64.  q_out and k_out are
+  // contiguous.
+  Status (*rotary_embedding)(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
+                             int64_t k_token, int64_t k_head, const void* cos, int64_t cos_stride, const void* sin,
+                             int64_t sin_stride, const void* positions, void* q_out, void* k_out, int64_t tokens,
+                             int64_t heads, int64_t kv_heads, int64_t dim, int64_t half, int64_t max_positions,
+                             bool interleaved, int threads);
+
+  // tokens[rows] int64 from logits[rows vocab]; float32 uniform, temperature, top_p, min_p and int32 top_k per row, null
+  // where absent but for uniform.
+  Status (*sample)(int dtype, const void* logits, int64_t stride, const void* uniform, const void* temperature,
+                   const void* top_k, const void* top_p, const void* min_p, void* tokens, int64_t rows, int64_t vocab,
+                   int threads);
+
+  // y[rows width] = silu(x[:, :width]) * x[:, width:], contiguous.
+  Status (*silu_and_mul)(int dtype, const void* x, int64_t x_stride, void* y, int64_t rows, int64_t width,
+                         int threads);
+
+  // Keys, or values, into their slots (int64); `scale` float32, one value or one a head, null is 1.
+  Status (*write_kv)(int dtype, int cache_dtype, const void* rows, int64_t row_token, int64_t row_head, void* cache,
+                     int64_t page_stride, int64_t slot_stride, int64_t head_stride, const void* slots,
+                     const void* scale, bool scale_per_head, int64_t tokens, int64_t heads, int64_t dim,
+                     int64_t pages, int64_t page_size, int threads);
 };
 
 // runtime.cpp: the fastest table that this processor, and the environment variable LLMKERNELS_CPU_ISA, allow.
