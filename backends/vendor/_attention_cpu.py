@@ -19,24 +19,14 @@ SCORES = 1 << 22  # elements of a bias or score matrix that differs from head to
 _flash_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-class Options(NamedTuple):
-    """What is the same for every sequence of a call."""
-
-    scale: float
-    causal: bool
-    window: tuple
-    soft_cap: float
-    slopes: torch.Tensor | None  # of ALiBi, [kv_heads, group]
-    dtype: torch.dtype  # what the flash kernel computes on
-
-
-class Cache(NamedTuple):
-    """The paged cache.  shared: the values are the first channels of the keys (MLA)."""
+class Pages(NamedTuple):
+    """The way into the cache.  shared: the values are the first channels of the keys (MLA)."""
 
     keys: torch.Tensor
     values: torch.Tensor
     table: torch.Tensor
     shared: bool
+    dtype: torch.dtype  # what the flash kernel computes on
 
     @property
     def width(self):
@@ -49,13 +39,13 @@ class Cache(NamedTuple):
         heads, dim = self.keys.shape[2:]
         return heads * (dim + self.values.shape[3]) * self.keys.element_size()
 
-    def gather(self, seq, first, last, dtype):
+    def gather(self, seq, first, last):
         """Keys and values first to last of a sequence, each [1, kv_heads, last - first, width]."""
         size = self.keys.shape[1]
         pages, start = self.table[seq, first // size : -(-last // size)], first % size
-        return self._both(lambda cache: _rows(cache, pages)[:, start : start + last - first].to(dtype))
+        return self._both(lambda cache: _rows(cache, pages)[:, start : start + last - first].to(self.dtype))
 
-    def gather_padded(self, seqs, firsts, lasts, dtype):
+    def gather_padded(self, seqs, firsts, lasts):
         """The same for several sequences at once, each from the start of its first page.
 
         Padding repeats a sequence's last page; rows that are no key of the range are zeroed.
@@ -74,7 +64,7 @@ class Cache(NamedTuple):
         junk = (~real).flatten().nonzero().flatten()
 
         def rows(cache):
-            return _rows(cache, pages).to(dtype).index_fill_(1, junk, 0).view(*position.shape, *cache.shape[2:])
+            return _rows(cache, pages).to(self.dtype).index_fill_(1, junk, 0).view(*position.shape, *cache.shape[2:])
 
         return self._both(rows), position, real
 
@@ -84,29 +74,41 @@ class Cache(NamedTuple):
         return picked[0], picked[-1]
 
 
-def attend(q, cache, seq_lens, cu_seqlens_q, tree_mask, options):
-    """(out [tokens, heads, v_dim] in options.dtype, lse [tokens, heads]); zeros and -inf where nothing is seen."""
-    q = _widened(q.to(options.dtype), cache.width)
-    parts = [*_parts(q, cache, seq_lens.tolist(), cu_seqlens_q.tolist(), tree_mask, options)]
-    if len(parts) == 1 and parts[0][2].shape[0] == q.shape[0]:
+def attend(q, cache, options):
+    """(out [tokens, heads, v_dim], lse float32 [tokens, heads]); zeros and -inf where nothing is seen."""
+    # In half precision the flash kernel's lse is off by 2e-5: it sums weights that were rounded.
+    dtype = torch.float32 if options.exact or options.soft_cap else q.dtype
+    kv_heads, v_dim = cache.keys.shape[2], cache.values.shape[3]
+    if cache.k_scale is not None and cache.k_scale.numel() == 1:
+        options = options._replace(scale=options.scale * float(cache.k_scale))
+    elif cache.k_scale is not None:
+        dtype = torch.float32
+        q = q.float() * cache.k_scale.repeat_interleave(q.shape[1] // kv_heads)[:, None]
+    pages = Pages(cache.keys, cache.values, cache.table, _starts_with(cache.keys, cache.values), dtype)
+    q = _widened(q.to(dtype), pages.width)
+    parts = [*_parts(q, pages, cache.lengths.tolist(), cache.starts.tolist(), options)]
+    if len(parts) == 1 and parts[0][1].shape[0] == q.shape[0]:
         _, out, lse = parts[0]
-        return out[..., : cache.values.shape[3]], lse
-    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-    for rows, part, part_lse in parts:
-        out[rows], lse[rows] = part, part_lse
-    return out[..., : cache.values.shape[3]], lse
+    else:
+        out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+        for rows, part, part_lse in parts:
+            out[rows], lse[rows] = part, part_lse
+    out = out[..., :v_dim]
+    if cache.v_scale is not None:
+        out = out.unflatten(1, (kv_heads, -1)).float().mul_(cache.v_scale.view(-1, 1, 1)).flatten(1, 2)
+    return out, lse
 
 
-def _parts(q, cache, lengths, starts, tree_mask, options):
+def _parts(q, pages, lengths, starts, options):
     """Yields (rows of q, their out, their lse) until every row that may see a key had its turn."""
-    tile = max(64, TILE_BYTES // cache.key_bytes)
+    tile = max(64, TILE_BYTES // pages.key_bytes)
     batches: dict[int, list] = {}  # bits of the length -> decoding sequences of about that length
     for seq, (begin, end, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
         if begin == end or not length:
             continue
-        if end - begin > 1 or tree_mask is not None:
-            tree = None if tree_mask is None else tree_mask[begin:end]
-            yield slice(begin, end), *_new_tokens(q[begin:end], cache, seq, length, tree, options)
+        if end - begin > 1 or options.tree_mask is not None:
+            tree = None if options.tree_mask is None else options.tree_mask[begin:end]
+            yield slice(begin, end), *_new_tokens(q[begin:end], pages, seq, length, tree, options)
         else:
             batches.setdefault(max(length, 64).bit_length(), []).append((begin, seq, length))
     for bits, members in batches.items():
@@ -114,16 +116,16 @@ def _parts(q, cache, lengths, starts, tree_mask, options):
         for chunk in (members[i : i + at_once] for i in range(0, len(members), at_once)):
             tokens, seqs, lengths = zip(*chunk, strict=True)
             rows = slice(tokens[0], tokens[-1] + 1) if tokens[-1] - tokens[0] < len(chunk) else list(tokens)
-            yield rows, *_decode(q[rows], cache, seqs, lengths, tile, options)
+            yield rows, *_decode(q[rows], pages, seqs, lengths, tile, options)
 
 
-def _decode(q, cache, seqs, lengths, tile, options):
+def _decode(q, pages, seqs, lengths, tile, options):
     """One query for each of `seqs`: several sequences that fit in one call, or one, cut into tiles of keys."""
     left = options.window[0]
     firsts = [max(0, length - 1 - left) if left >= 0 else 0 for length in lengths]
-    q = q.unflatten(1, (cache.keys.shape[2], -1))
+    q = q.unflatten(1, (pages.keys.shape[2], -1))
     if len(seqs) > 1:
-        (k, v), position, real = cache.gather_padded(seqs, firsts, lengths, options.dtype)
+        (k, v), position, real = pages.gather_padded(seqs, firsts, lengths)
         distance = position - torch.tensor(lengths)[:, None] + 1
         bias = _bias(real[:, None, None], distance[:, None, None], options.slopes, 1)
         out, lse = _attention(q, k, v, bias, False, options)
@@ -131,7 +133,7 @@ def _decode(q, cache, seqs, lengths, tile, options):
     parts, length = [], lengths[0]
     for first in range(firsts[0], length, tile):
         last = min(first + tile, length)
-        k, v = cache.gather(seqs[0], first, last, options.dtype)
+        k, v = pages.gather(seqs[0], first, last)
         bias = (
             None if options.slopes is None else _bias(None, torch.arange(first, last) - length + 1, options.slopes, 1)
         )
@@ -144,7 +146,7 @@ def _decode(q, cache, seqs, lengths, tile, options):
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
-def _new_tokens(q, cache, seq, length, tree, options):
+def _new_tokens(q, pages, seq, length, tree, options):
     """Several queries of one sequence: a prompt, a chunk of one, or a tree of guesses."""
     new, heads = q.shape[:2]
     (left, right), old = options.window, length - new
@@ -158,8 +160,8 @@ def _new_tokens(q, cache, seq, length, tree, options):
         last = min(length, stop if options.causal else stop + right if right >= 0 else length)
         if tree is not None:
             last, seen = length, _tree(tree[start - old : stop - old], old, new)
-        block = q[start - old : stop - old].unflatten(1, (cache.keys.shape[2], -1)).permute(1, 2, 0, 3)
-        k, v = (x[0][:, None].expand(-1, block.shape[1], -1, -1) for x in cache.gather(seq, first, last, options.dtype))
+        block = q[start - old : stop - old].unflatten(1, (pages.keys.shape[2], -1)).permute(1, 2, 0, 3)
+        k, v = (x[0][:, None].expand(-1, block.shape[1], -1, -1) for x in pages.gather(seq, first, last))
         distance = torch.arange(first, last) - torch.arange(start, stop)[:, None]
         if tree is None:
             seen = None if prompt else _seen(distance, options)
@@ -215,3 +217,10 @@ def _rows(cache, pages):
 
 def _widened(rows, width):
     return rows if rows.shape[-1] == width else pad(rows, (0, width - rows.shape[-1]))
+
+
+def _starts_with(keys, values):
+    """Whether the values are the first channels of the keys, as in MLA."""
+    return (
+        values.data_ptr() == keys.data_ptr() and values.stride() == keys.stride() and values.shape[3] <= keys.shape[3]
+    )

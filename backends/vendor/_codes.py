@@ -58,19 +58,22 @@ def _codes(weight):
 
 
 def int4_kernel(weight):
-    """(packed, group, scales and offsets) of a symmetric weight, as torch's int4 kernel for bfloat16 takes them on CPU."""
+    """(packed, group, scales and offsets) of a symmetric weight, for torch's int4 kernels, which want bfloat16."""
     return kept(weight, "int4", _int4_kernel)
 
 
 def _int4_kernel(weight):
     rows, columns = weight.shape
     group = weight.scheme.group or 128  # a scale for the whole row is repeated
-    more_rows, more = -rows % 16, -columns % group
-    q = pad(_nibbles(weight.values, columns).int(), (0, more, 0, more_rows))
+    q = pad(_nibbles(weight.values, columns), (0, -columns % 128, 0, -rows % 16))
     scales = weight.scales.float()
-    both = torch.stack([scales, torch.zeros_like(scales)], -1).expand(-1, q.shape[1] // group, -1)
-    both = pad(both, (0, 0, 0, 0, 0, more_rows)).transpose(0, 1).bfloat16().contiguous()  # [groups, out, 2]
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), group, both
+    both = torch.stack([scales, torch.zeros_like(scales)], -1)
+    groups = q.shape[1] // group
+    both = pad(both, (0, 0, 0, groups - both.shape[1])) if weight.scheme.group else both.expand(-1, groups, -1)
+    both = pad(both, (0, 0, 0, 0, 0, -rows % 16)).transpose(0, 1).bfloat16().contiguous()  # [groups, out, 2]
+    if q.is_cuda:
+        return torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8), group, both
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1), group, both
 
 
 def _nibbles(packed, columns):

@@ -24,9 +24,10 @@ from ._rounding import DTYPES, rounded
 PIECE = 1 << 19  # elements converted at a time: 2 MB of float32, which stay in the cache
 
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
-CPU_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+CPU_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CPU_INT8 = torch.cpu._is_vnni_supported()  # without VNNI, oneDNN's int8 kernels saturate: errors of 20 %
 FEW_DENSE_ROWS = 2
+FEW_ROWS_CUDA = 64
 FEW_ROWS = math.inf if _CAPABILITY.startswith("AVX512") else 8 if _CAPABILITY == "AVX2" else 0
 
 
@@ -52,7 +53,7 @@ def quantized(x, weight, dtype):
     if weight.permutation is not None:
         x = x.index_select(1, weight.permutation)
     if scheme.activation is None:
-        return _few_rows(x, weight) if _wants_few_rows(x, weight) else _times(x, codes(weight), dtype)
+        return _few_rows(x, weight) if _wants_few_rows(x, weight, dtype) else _times(x, codes(weight), dtype)
     values, scales = rounded(x.float(), DTYPES[scheme.activation], scheme.activation_group, weight.input_scale)
     if scheme.activation_group:
         spread = scales.repeat_interleave(scheme.activation_group, 1)[:, : values.shape[1]]
@@ -62,26 +63,28 @@ def quantized(x, weight, dtype):
     return _eight_bits(values, weight, dtype).mul_(scales)
 
 
-def _wants_few_rows(x, weight):
-    if x.dtype != torch.bfloat16 or x.is_cuda or x.shape[0] > FEW_ROWS:
+def _wants_few_rows(x, weight, dtype):
+    if dtype != torch.bfloat16 or x.shape[0] > (FEW_ROWS_CUDA if x.is_cuda else FEW_ROWS):
         return False
     scheme, (out, columns) = weight.scheme, weight.shape
-    if scheme.weight == "int8":  # its kernel reads past the end of rows of other lengths
-        return scheme.symmetric and not scheme.group and out % 16 == 0 and columns % 64 == 0
-    # With zero points it adds (8 - zero) * scale, rounded to bfloat16, to (q - 8) * scale: where outliers make q close to
-    # the zero point, that is off by 2.4e-2 of the row's largest value.
+    if scheme.weight == "int8":  # on CPU, its kernel reads past the end of rows of other lengths
+        plain = scheme.symmetric and not scheme.group and not x.is_cuda
+        return plain and out % 16 == 0 and columns % 64 == 0
+    # With zero points it adds (8 - zero) * scale, rounded to bfloat16, to (q - 8) * scale: where outliers push q to the
+    # zero point, y is off by 2.4e-2 of its row's largest value, three times the tolerance.
     return scheme.weight == "int4" and scheme.symmetric
 
 
 def _few_rows(x, weight):
     """torch's kernels for bfloat16 activations and integer weights; they round their result to bfloat16."""
-    x = x.contiguous()
+    x = x.bfloat16().contiguous()
     if weight.scheme.weight == "int8":
         scales = kept(weight, "int8", lambda weight: weight.scales.flatten().bfloat16())
-        return torch.ops.aten._weight_int8pack_mm(x, weight.values, scales).float()
+        return torch.ops.aten._weight_int8pack_mm(x, weight.values.contiguous(), scales).float()
     packed, group, both = int4_kernel(weight)
+    kernel = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
     x = torch.nn.functional.pad(x, (0, both.shape[0] * group - x.shape[1]))
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both)[:, : weight.shape[0]].float()
+    return kernel(x, packed, group, both)[:, : weight.shape[0]].float()
 
 
 def _eight_bits(values, weight, dtype):
@@ -89,22 +92,16 @@ def _eight_bits(values, weight, dtype):
     rows, (out, columns) = values.shape[0], weight.shape
     plain = weight.scheme.symmetric and weight.scheme.weight != "int4"
     row_scales = weight.scales.float().flatten()
+    whole = columns % 16 == 0 and out % 16 == 0  # what cuBLASLt takes
     if plain and values.dtype == torch.int8:
-        if values.is_cuda and columns % 8 == 0 and out % 8 == 0:
-            padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 32 - rows)))  # cuBLAS wants more than 16 rows
-            return torch._int_mm(padded, weight.values.t())[:rows].float().mul_(row_scales)
+        if values.is_cuda and whole:
+            padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 32 - rows)))  # and more than 16 rows
+            return torch._int_mm(padded, weight.values.contiguous().t())[:rows].float().mul_(row_scales)
         if not values.is_cuda and CPU_INT8:
             return _onednn(values, weight).mul_(row_scales)
-    if (
-        plain
-        and values.is_cuda
-        and dtype == torch.bfloat16
-        and columns % 16 == 0
-        and out % 16 == 0
-        and _has_fp8(values)
-    ):
-        one = torch.ones((), device=values.device)
-        product = torch._scaled_mm(values, weight.values.t(), one, one, out_dtype=torch.float32)
+    elif plain and values.is_cuda and whole and dtype == torch.bfloat16 and _has_fp8(values):
+        one = torch.ones((), device=values.device)  # Hopper's FP8 sums are too coarse for wider outputs
+        product = torch._scaled_mm(values, weight.values.contiguous().t(), one, one, out_dtype=torch.float32)
         return product.mul_(row_scales)
     return _times(values.float(), codes(weight), dtype)
 
@@ -120,7 +117,11 @@ def _onednn(values, weight):
 
 def _for_onednn(weight):
     out = weight.shape[0]
-    return torch.ops.onednn.qlinear_prepack(weight.values, None), torch.ones(out), torch.zeros(out, dtype=torch.int64)
+    return (
+        torch.ops.onednn.qlinear_prepack(weight.values.contiguous(), None),
+        torch.ones(out),
+        torch.zeros(out, dtype=torch.int64),
+    )
 
 
 def _has_fp8(x):

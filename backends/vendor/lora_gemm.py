@@ -3,6 +3,7 @@
 import torch
 from torch.nn.functional import linear
 
+from . import _common
 from ._common import refuse_device
 
 TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
@@ -15,7 +16,7 @@ def refuse(y, x, a, b, adapters, scales):
 def run(y, x, a, b, adapters, scales):
     if not y.numel():
         return
-    if y.is_cuda:
+    if not _common.on_host(y):
         _all_adapters(y, x, a, b, adapters, scales)
         return
     which = adapters.tolist()

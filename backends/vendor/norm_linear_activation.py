@@ -1,4 +1,4 @@
-"""norm_linear_activation as a norm, a product and pointwise kernels of torch, in float32 between its inputs and the store."""
+"""norm_linear_activation as a norm, a product and pointwise kernels of torch, in float32 up to the store."""
 
 import torch
 from torch.nn import functional

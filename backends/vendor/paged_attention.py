@@ -3,16 +3,39 @@
 import torch
 
 from . import _attention_cpu as on_cpu
+from . import _attention_cuda as on_cuda
+from . import _common
+from ._attention import Cache, Options
+from ._common import refuse_device
 
-TRAITS = {"deterministic": True, "accumulate": "float32"}
+TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
 
 
 def refuse(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options):
-    if q.device.type not in ("cpu", "cuda"):
-        yield "DEVICE", f"q is on {q.device.type}", "move the arrays to cpu or cuda"
+    yield from refuse_device(q)
+    if q.is_cuda:
+        cache, wishes = _bundled(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options)
+        yield from on_cuda.refuse(q, cache, wishes)
 
 
-def run(
+def run(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, sinks=None, return_lse=False, **options):
+    cache, options = _bundled(
+        q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, return_lse=return_lse, **options
+    )
+    if q.numel() and k_cache.numel() and block_table.numel():
+        out, lse = (on_cpu if _common.on_host(q) else on_cuda).attend(q, cache, options)
+    else:  # nobody sees a key
+        out = torch.zeros(*q.shape[:2], v_cache.shape[3], device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks)
+        out = out * torch.exp(lse - total)[..., None]
+        lse = total
+    out = out.to(q.dtype).contiguous()
+    return (out, lse) if return_lse else out
+
+
+def _bundled(
     q,
     k_cache,
     v_cache,
@@ -34,34 +57,7 @@ def run(
     max_seqlen_k=None,
 ):
     kv_heads = k_cache.shape[2]
-    group = q.shape[1] // kv_heads
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    # The flash kernel's lse is off by 2e-5 in half precision, where it sums rounded weights.
-    dtype = torch.float32 if return_lse or soft_cap else q.dtype
-    queries = q
-    if k_scale is not None and k_scale.numel() == 1:
-        scale *= float(k_scale)
-    elif k_scale is not None:
-        queries, dtype = q.float() * k_scale.repeat_interleave(group)[:, None], torch.float32
-    shared = _starts_with(k_cache, v_cache)
-    slopes = None if alibi_slopes is None else alibi_slopes.view(kv_heads, group)
-    options = on_cpu.Options(scale, causal, window, soft_cap, slopes, dtype)
-    cache = on_cpu.Cache(k_cache, v_cache, block_table, shared)
-    out, lse = on_cpu.attend(queries, cache, seq_lens, cu_seqlens_q, tree_mask, options)
-    if sinks is not None:
-        total = torch.logaddexp(lse, sinks)
-        out *= torch.exp(lse - total)[..., None]
-        lse = total
-    if v_scale is not None:
-        out *= v_scale.reshape(-1, 1).expand(kv_heads, group).reshape(-1, 1)
-    out = out.to(q.dtype)
-    return (out, lse) if return_lse else out
-
-
-def _starts_with(k_cache, v_cache):
-    """Whether v_cache is the first channels of k_cache, as in MLA."""
-    return (
-        v_cache.data_ptr() == k_cache.data_ptr()
-        and v_cache.stride() == k_cache.stride()
-        and v_cache.shape[3] <= k_cache.shape[3]
-    )
+    slopes = None if alibi_slopes is None else alibi_slopes.view(kv_heads, -1)
+    cache = Cache(k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale)
+    return cache, Options(scale, causal, window, soft_cap, slopes, tree_mask, return_lse, max_seqlen_q, max_seqlen_k)

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import _common
 from ._common import refuse_device
 
 TRAITS = {"deterministic": True, "accumulate": "float32"}
@@ -19,7 +20,7 @@ def run(logits, uniform, *, temperature=None, top_k=None, top_p=None, min_p=None
     greedy = None
     if temperature is not None:
         greedy = logits.argmax(-1)  # the first of several
-        if not temperature.is_cuda and not bool(temperature.any()):
+        if _common.on_host(logits) and not bool(temperature.any()):
             return greedy
     scores = logits.float()
     scores = scores - scores.amax(-1, keepdim=True)
@@ -56,7 +57,7 @@ def _lowest(scores, mass, top_k, top_p):
 
 def _falling(scores, mass, top_k, top_p):
     """The scores in falling order, or as many of them as every row's top_k and top_p need."""
-    if scores.is_cuda:  # a look at the values would stall the stream
+    if not _common.on_host(scores):
         return scores.sort(-1, descending=True).values
     size = HEAD if top_k is None else max(HEAD, int(top_k.max()))
     if 4 * size < scores.shape[1]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import _common
 from ._common import refuse_device
 
 TRAITS = {"deterministic": True, "batch_invariant": True, "graph_safe": True, "accumulate": "float32"}
@@ -15,13 +16,12 @@ def run(k, v, k_cache, v_cache, slots, *, k_scale=None, v_scale=None):
     page_size, capacity = k_cache.shape[1], k_cache.shape[0] * k_cache.shape[1]
     if not slots.numel() or not capacity:
         return
-    if slots.is_cuda:
+    tokens, stored = None, None
+    if not _common.on_host(slots):
         tokens, slots, stored = _without_skipped(slots, capacity)
-    else:
-        tokens, stored = None, None
-        if int(slots.min()) < 0 or int(slots.max()) >= capacity:
-            tokens = ((slots >= 0) & (slots < capacity)).nonzero().flatten()
-            slots = slots[tokens]
+    elif int(slots.min()) < 0 or int(slots.max()) >= capacity:
+        tokens = ((slots >= 0) & (slots < capacity)).nonzero().flatten()
+        slots = slots[tokens]
     page = torch.div(slots, page_size, rounding_mode="floor")
     index = page, slots - page * page_size
     for rows, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
