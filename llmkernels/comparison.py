@@ -10,8 +10,16 @@ QUANTIZED = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 FLOAT32_ROUNDOFF = 2.0**-24
 
 
+STEPS = 4  # roundings beside the sum: a scale, an activation, a bias, the epilogue
+
+
 def compare(
-    name: str, got: torch.Tensor, want: torch.Tensor, near: torch.Tensor, original: torch.Tensor | None = None
+    name: str,
+    got: torch.Tensor,
+    want: torch.Tensor,
+    near: torch.Tensor,
+    original: torch.Tensor | None = None,
+    terms: float = 1,
 ) -> tuple[list[str], float, float]:
     """Complaints about `got`, its largest error and the tolerance there.
 
@@ -19,6 +27,8 @@ def compare(
         want: the oracle, float64.
         near: the reference in the call's own dtype.
         original: what a written argument held before; where `near` left it, `got` must have too, bit for bit.
+        terms: how many products an output sums.  The error of `near` is one draw from a distribution and may be
+            lucky, even zero; it counts as at least what a float32 sum in another order is expected to be off by.
     """
     if got.shape != near.shape or got.dtype != near.dtype:
         says = f"the contract says {dtype_name(near)} {tuple(near.shape)}"
@@ -36,7 +46,7 @@ def compare(
             if not bool(equal.all()):
                 complaints.append(f"{name} holds {int((~equal).sum())} wrong bytes")
             return complaints, 0.0, 0.0
-    wrong, error, tolerance = _worst(got, want.double(), near.double())
+    wrong, error, tolerance = _worst(got, want.double(), near.double(), terms)
     if wrong:
         complaints.append(f"{name} {wrong}")
     return complaints, error, tolerance
@@ -47,7 +57,7 @@ def _ends(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous() if x.numel() < 2**28 else torch.cat([x[:64], x[-64:]])
 
 
-def _worst(got: torch.Tensor, want: torch.Tensor, near: torch.Tensor) -> tuple[str, float, float]:
+def _worst(got: torch.Tensor, want: torch.Tensor, near: torch.Tensor, terms: float) -> tuple[str, float, float]:
     dtype, value = got.dtype, got.double()
     if got.numel() == 0:
         return "", 0.0, 0.0
@@ -67,6 +77,7 @@ def _worst(got: torch.Tensor, want: torch.Tensor, near: torch.Tensor) -> tuple[s
         allowed = _half_unit(dtype, want) + 2 * FLOAT32_ROUNDOFF * 4 * want.abs()
     else:
         relative = ((near - want).abs().amax(1, keepdim=True) / size).nan_to_num(0, 0, 0).max()
+        relative = relative.clamp(min=(STEPS + terms**0.5) * FLOAT32_ROUNDOFF)
         allowed = (2 * relative + torch.finfo(dtype).eps / 2) * size
     ratio = (distance / allowed.expand_as(distance)).nan_to_num(0, torch.inf)
     at = np.unravel_index(int(ratio.argmax()), tuple(distance.shape))

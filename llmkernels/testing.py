@@ -5,9 +5,10 @@
 
 The oracle is the contract's reference in float64 on the same rounded inputs.  The tolerance comes from roundoff: an
 implementation may be twice as far from the oracle as the reference run in the call's own dtype is, plus one rounding
-of the output's dtype.  Both are relative to the largest value of a row (the last axis), so that a small row cannot hide
-behind a large one.  Beside the numbers: red zones around every array, NaN in every fresh output, arguments that must
-not change, bytes of written arguments that must stay, and the same bits again where `deterministic` is declared.
+of the output's dtype (comparison.py).  Both are relative to the largest value of a row (the last axis), so that a small
+row cannot hide behind a large one.  Beside the numbers: red zones around every array, NaN in every fresh output,
+arguments that must not change, bytes of written arguments that must stay, and the same bits again where
+`deterministic` is declared.
 """
 
 import re
@@ -118,7 +119,7 @@ def check_run(
     written = [name for name in _written(contract, call) if before[name] is not None]
     gaps = {name: Gaps(call[name], [call[other] for other in written]) for name in written}
     try:
-        contract.validate(call)
+        sizes = contract.validate(call)
         if contract.check_values:
             contract.check_values(call)
         with poisoned_allocations(fence):
@@ -139,9 +140,10 @@ def check_run(
         got = [*results, *(call[name] for name in written)] if arrays == "torch" else results
         if len(got) != len(want):
             return verdict([f"returned {len(results)} arrays; the contract says {', '.join(names) or 'none'}"])
+        terms = contract.cost(call, sizes).operations / 2 / max(1, sum(w.numel() for w in want))
         for name, g, w, n in zip(names, got, want, near, strict=True):
             original = _cpu(before[name]) if name in written and before[name] is not None else None
-            said, e, t = compare(name, _cpu(to_torch(g)), w, n, original)
+            said, e, t = compare(name, _cpu(to_torch(g)), w, n, original, terms)
             complaints += said
             if e * tolerance >= error * t:  # the output nearest to its tolerance, or furthest beyond it
                 error, tolerance = e, t

@@ -88,8 +88,9 @@ class Subject:
         if len(got) != len(names):
             return f"returned {len(got)} arrays; the contract says {', '.join(names)}", 0.0, 0.0
         complaints, error, tolerance = [], 0.0, 0.0
+        terms = self.cost.operations / 2 / max(1, sum(want.numel() for want in self.oracle))
         for name, g, want, near in zip(names, got, self.oracle, self.near, strict=True):
-            said, e, t = compare(name, g, want, near, self.call[name] if name in self._written else None)
+            said, e, t = compare(name, g, want, near, self.call[name] if name in self._written else None, terms)
             if slack > 1 and e <= slack * t:
                 said = []
             complaints += said
