@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
+PROMPT ?= DESCRIPTION\nThe open() system call opens the file specified by pathname.
 INSTALLED := .venv/.installed
 BUILT := .venv/.built
 
@@ -15,7 +16,7 @@ help:  ## this list
 venv: $(BUILT)  ## .venv with everything installed, this tree editable
 
 demo: venv  ## a small trained model writes text, every hot operation through the registry
-	$(BIN)/llmkernels generate
+	$(BIN)/llmkernels generate --seed 1 --prompt "$$(printf '$(PROMPT)')"
 
 test: venv  ## style, types, and the tests: minutes
 	$(BIN)/ruff check .
