@@ -1,8 +1,6 @@
 """One forward pass for what the scheduler chose: its plain data become arrays, the model runs, tokens come back."""
 
 from collections.abc import Sequence as Row
-from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
@@ -10,7 +8,7 @@ from llmkernels.engine.cache import KVCache
 from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.sampling import choose
 from llmkernels.engine.scheduler import Chunk, Sequence
-from llmkernels.settings import ASKED, Settings, current
+from llmkernels.settings import current, use
 
 CALIBRATION = 256  # tokens that decide the scales of a quantized cache
 
@@ -31,12 +29,12 @@ class Runner:
         return choose(logits, [s.payload.params for s in ends], [s.payload.seed for s in ends], counters)
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor:
-        """[samples vocab]: the logits after each chunk that samples, in order."""
-        token = ASKED.set(_unchecked(current()))
-        try:
+        """[samples vocab]: the logits after each chunk that samples, in order.
+
+        The ops do not read the scheduler's metadata first, which are right by construction, unless the caller insists.
+        """
+        with use(checked=bool(current().checked)):
             return self.model.forward(prepare(chunks, self.cache.page_size, self.model.device), self.cache)
-        finally:
-            ASKED.reset(token)
 
 
 def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
@@ -82,15 +80,6 @@ def calibrate(model: Model, cache: KVCache) -> None:
     sequence = Sequence(spread, count, count + 1, pages=list(range(pages)))
     Runner(model, sample).logits([Chunk(sequence, 0, count, True)])
     cache.scales_from(sample, pages)
-
-
-@lru_cache(maxsize=16)
-def _unchecked(settings: Settings) -> Settings:
-    """The caller's settings without reading the scheduler's metadata, which are right by construction.
-
-    The same object each step, because the memoised dispatch knows settings by identity.
-    """
-    return replace(settings, checked=False) if settings.checked is None else settings
 
 
 def _round_up(count: int) -> int:
