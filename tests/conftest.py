@@ -6,6 +6,7 @@ import pytest
 
 for name in [name for name in os.environ if name.startswith("LLMKERNELS_")]:
     del os.environ[name]  # what the developer's shell asks for must not decide what is tested
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays: on a busy machine a second thread is mostly waited for
 os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 
 
