@@ -39,7 +39,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue a text, streaming; or many, from a file.  What is not given comes from the checkpoint."""
-    # Threads that spin for work starve each other where the machine is shared, so they sleep soon; read when torch loads.
+    # Spinning threads starve each other where the machine is shared, so they sleep soon; read when torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from dataclasses import replace
 
