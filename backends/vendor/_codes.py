@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from . import _common
+
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the value of each code
 BLOCK = 128  # rows and columns that share a scale in fp8_block
 
@@ -71,9 +73,9 @@ def _int4_kernel(weight):
     groups = q.shape[1] // group
     both = pad(both, (0, 0, 0, groups - both.shape[1])) if weight.scheme.group else both.expand(-1, groups, -1)
     both = pad(both, (0, 0, 0, 0, 0, -rows % 16)).transpose(0, 1).bfloat16().contiguous()  # [groups, out, 2]
-    if q.is_cuda:
-        return torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8), group, both
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1), group, both
+    if _common.on_host(q):
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1), group, both
+    return torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8), group, both
 
 
 def _nibbles(packed, columns):

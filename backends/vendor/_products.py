@@ -18,6 +18,7 @@ import math
 import torch
 from torch.nn.functional import linear
 
+from . import _common
 from ._codes import Codes, codes, int4_kernel, kept
 from ._rounding import DTYPES, rounded
 
@@ -36,10 +37,9 @@ def dense(x, weight, dtype):
 
     In float32, or in the dtype of the weight where the kernel that multiplies it rounds to that.
     """
-    if x.is_cuda:
-        return torch.mm(
-            x.to(dtype), weight.to(dtype).t(), **({} if dtype == torch.float32 else {"out_dtype": torch.float32})
-        )
+    if not _common.on_host(x):
+        x, weight = x.to(dtype), weight.to(dtype)
+        return linear(x, weight) if dtype == torch.float32 else torch.mm(x, weight.t(), out_dtype=torch.float32)
     if weight.dtype == torch.float32:
         return linear(x.float(), weight)
     if x.shape[0] <= FEW_DENSE_ROWS or (weight.dtype == torch.bfloat16 and CPU_BFLOAT16):
@@ -64,11 +64,11 @@ def quantized(x, weight, dtype):
 
 
 def _wants_few_rows(x, weight, dtype):
-    if dtype != torch.bfloat16 or x.shape[0] > (FEW_ROWS_CUDA if x.is_cuda else FEW_ROWS):
+    if dtype != torch.bfloat16 or x.shape[0] > (FEW_ROWS if _common.on_host(x) else FEW_ROWS_CUDA):
         return False
     scheme, (out, columns) = weight.scheme, weight.shape
     if scheme.weight == "int8":  # on CPU, its kernel reads past the end of rows of other lengths
-        plain = scheme.symmetric and not scheme.group and not x.is_cuda
+        plain = scheme.symmetric and not scheme.group and _common.on_host(x)
         return plain and out % 16 == 0 and columns % 64 == 0
     # With zero points it adds (8 - zero) * scale, rounded to bfloat16, to (q - 8) * scale: where outliers push q to the
     # zero point, y is off by 2.4e-2 of its row's largest value, three times the tolerance.
@@ -82,7 +82,7 @@ def _few_rows(x, weight):
         scales = kept(weight, "int8", lambda weight: weight.scales.flatten().bfloat16())
         return torch.ops.aten._weight_int8pack_mm(x, weight.values.contiguous(), scales).float()
     packed, group, both = int4_kernel(weight)
-    kernel = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+    kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if _common.on_host(x) else torch.ops.aten._weight_int4pack_mm
     x = torch.nn.functional.pad(x, (0, both.shape[0] * group - x.shape[1]))
     return kernel(x, packed, group, both)[:, : weight.shape[0]].float()
 
@@ -94,12 +94,12 @@ def _eight_bits(values, weight, dtype):
     row_scales = weight.scales.float().flatten()
     whole = columns % 16 == 0 and out % 16 == 0  # what cuBLASLt takes
     if plain and values.dtype == torch.int8:
-        if values.is_cuda and whole:
+        if not _common.on_host(values) and whole:
             padded = torch.nn.functional.pad(values, (0, 0, 0, max(0, 32 - rows)))  # and more than 16 rows
             return torch._int_mm(padded, weight.values.contiguous().t())[:rows].float().mul_(row_scales)
-        if not values.is_cuda and CPU_INT8:
+        if _common.on_host(values) and CPU_INT8:
             return _onednn(values, weight).mul_(row_scales)
-    elif plain and values.is_cuda and whole and dtype == torch.bfloat16 and _has_fp8(values):
+    elif plain and not _common.on_host(values) and whole and dtype == torch.bfloat16 and _has_fp8(values):
         one = torch.ones((), device=values.device)  # Hopper's FP8 sums are too coarse for wider outputs
         product = torch._scaled_mm(values, weight.values.contiguous().t(), one, one, out_dtype=torch.float32)
         return product.mul_(row_scales)
@@ -143,7 +143,7 @@ def _by_group(x, weight):
 
 def _times(x, weight, dtype):
     """x [rows, in] times Codes."""
-    if not x.is_cuda:
+    if _common.on_host(x):
         return _converted(x.float(), weight)
     values, scales, group = weight
     if group:

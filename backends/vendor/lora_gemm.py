@@ -14,7 +14,7 @@ def refuse(y, x, a, b, adapters, scales):
 
 
 def run(y, x, a, b, adapters, scales):
-    if not y.numel():
+    if not y.numel() or not a.numel():
         return
     if not _common.on_host(y):
         _all_adapters(y, x, a, b, adapters, scales)
@@ -28,10 +28,11 @@ def run(y, x, a, b, adapters, scales):
 
 def _all_adapters(y, x, a, b, adapters, scales):
     """Every adapter for every row, in two products, and only a row's own part kept: no look at `adapters`."""
-    count, rank, columns = a.shape
+    count, rank, _ = a.shape
     own = adapters[:, None] == torch.arange(count, device=y.device)  # [rows, count]
-    hidden = linear(x.float(), a.reshape(-1, columns).float()).view(-1, count, rank)
-    hidden = torch.where(own[..., None], hidden * scales[:, None], 0).flatten(1)
+    hidden = linear(x.float(), a.flatten(0, 1).float()).view(len(x), count, rank)
+    hidden = torch.where(own[..., None], hidden, 0).flatten(1)
     used = torch.where(own.any(0)[:, None, None], b, 0)  # an adapter that no row names may hold NaN
     update = linear(hidden, used.transpose(0, 1).flatten(1).float())
-    y.copy_(torch.where((adapters >= 0)[:, None], (update + y).to(y.dtype), y))
+    update *= scales.index_select(0, adapters.clamp(min=0))[:, None]
+    y.copy_(torch.where((adapters >= 0)[:, None], update.add_(y).to(y.dtype), y))

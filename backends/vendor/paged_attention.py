@@ -13,7 +13,7 @@ TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
 
 def refuse(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options):
     yield from refuse_device(q)
-    if q.is_cuda:
+    if not _common.on_host(q):
         cache, wishes = _bundled(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options)
         yield from on_cuda.refuse(q, cache, wishes)
 

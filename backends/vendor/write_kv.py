@@ -31,7 +31,7 @@ def run(k, v, k_cache, v_cache, slots, *, k_scale=None, v_scale=None):
         if cache.dtype.itemsize == 1:
             values, cache = values.view(torch.int8), cache.view(torch.int8)  # torch scatters bytes, not FP8
         if stored is not None:
-            values = torch.where(stored, values, cache[index])
+            values = torch.where(stored.view(1, 1, 1), values, cache[index])
         cache.index_put_(index, values)
 
 
@@ -43,10 +43,10 @@ def _without_skipped(slots, capacity):
         gets what it holds.
     """
     valid = (slots >= 0) & (slots < capacity)
-    some = valid.to(torch.uint8).argmax()
+    some = valid.to(torch.uint8).argmax().view(1)
     tokens = torch.where(valid, torch.arange(len(slots), device=slots.device), some)
-    stored = valid[some]
-    return tokens, torch.where(stored, slots[tokens], 0), stored
+    stored = valid.index_select(0, some)
+    return tokens, torch.where(stored, slots.index_select(0, tokens), 0), stored
 
 
 def _stored(rows, scale, dtype):
