@@ -35,10 +35,10 @@ LLMKERNELS_INLINE Two load_two(const T* from) {
 }
 LLMKERNELS_INLINE Floats dot(Two a, Two b, Floats c) { return fma(a.second, b.second, fma(a.first, b.first, c)); }
 
-// kTwoLanes elements as the dot product wants them.
-template <class T>
+// kTwoLanes elements as the dot product wants them.  kPaired: bfloat16 stay pairs, and are multiplied as such.
+template <bool kPaired, class T>
 LLMKERNELS_INLINE auto load_block(const T* from) {
-  if constexpr (kPairDot && std::is_same_v<T, bf16>) {
+  if constexpr (kPaired) {
     return load_pairs(from);
   } else {
     return load_two(from);
@@ -52,7 +52,7 @@ struct Padded {
 };
 
 // scores[r * kSplit + j] = query r . keys[j] for R rows and kLanes / R keys.
-template <int R, class T, class Query>
+template <int R, bool kPaired, class T, class Query>
 LLMKERNELS_INLINE void score_tile(const Query* queries, const T* const* keys, int64_t dim, float* scores) {
   constexpr int kKeys = kLanes / R;
   const int64_t blocks = ceil_div(dim, kTwoLanes), whole = dim / kTwoLanes;
@@ -62,14 +62,14 @@ LLMKERNELS_INLINE void score_tile(const Query* queries, const T* const* keys, in
   for (int64_t b = 0; b < whole; ++b) {
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
-      const auto key = load_block(keys[j] + b * kTwoLanes);
+      const auto key = load_block<kPaired>(keys[j] + b * kTwoLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) totals[r * kKeys + j] = dot(queries[r * blocks + b], key, totals[r * kKeys + j]);
     }
   }
   if (whole < blocks)
     for (int j = 0; j < kKeys; ++j) {
-      const auto key = load_block(Padded<T>(keys[j] + whole * kTwoLanes, dim - whole * kTwoLanes).elements);
+      const auto key = load_block<kPaired>(Padded<T>(keys[j] + whole * kTwoLanes, dim - whole * kTwoLanes).elements);
       for (int r = 0; r < R; ++r) totals[r * kKeys + j] = dot(queries[r * blocks + whole], key, totals[r * kKeys + j]);
     }
   float products[kLanes];
@@ -123,17 +123,16 @@ LLMKERNELS_INLINE void each_rows(int64_t rows, Use use) {
   if (row < rows) use(row, std::integral_constant<int, 1>{});
 }
 
-template <class T>
-int64_t few_bytes(const AttentionCall& call) {
+inline int64_t few_bytes(const AttentionCall& call) {
   const int64_t blocks = ceil_div(call.dim, kTwoLanes), pointers = 2 * (kSplit + kLanes) * sizeof(void*);
   return pointers + kFewRows * (kSplit * sizeof(float) + blocks * kTwoLanes * sizeof(float)) + kTwoLanes * blocks * 4;
 }
 
-template <class T>
+template <class T, bool kPaired>
 Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Partial found) {
   // A quantized cache meets float32 queries, any other one queries of its own type.
   using Q = std::conditional_t<sizeof(T) == 1, float, T>;
-  using Query = decltype(load_block(static_cast<const Q*>(nullptr)));
+  using Query = decltype(load_block<kPaired>(static_cast<const Q*>(nullptr)));
   const int64_t rows = unit.rows(), keys = unit.keys(), padded = ceil_div(keys, kLanes) * kLanes;
   const int64_t blocks = ceil_div(call.dim, kTwoLanes), width = ceil_div(call.v_dim, kTwoLanes) * kTwoLanes;
   Query* queries = reinterpret_cast<Query*>(memory);
@@ -155,14 +154,14 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t n = least(kTwoLanes, call.dim - b * kTwoLanes), at = offset + b * kTwoLanes;
       if constexpr (std::is_same_v<T, Q>) {
-        queries[r * blocks + b] = load_block(Padded<Q>(static_cast<const Q*>(call.q) + at, n).elements);
+        queries[r * blocks + b] = load_block<kPaired>(Padded<Q>(static_cast<const Q*>(call.q) + at, n).elements);
       } else {
         Padded<float> plain(nullptr, 0);
         with_float(call.q_dtype, [&](auto element) {
           for (int64_t i = 0; i < n; ++i) plain.elements[i] = widen(static_cast<const decltype(element)*>(call.q)[at + i]);
           return kOk;
         });
-        queries[r * blocks + b] = load_block(plain.elements);
+        queries[r * blocks + b] = load_block<kPaired>(plain.elements);
       }
     }
   }
@@ -170,7 +169,7 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
     for (int i = 0; i < kLanes; ++i) fetch(j + i + kRowsAhead);
     each_rows(rows, [&](int64_t r, auto R) {
       for (int i = 0; i < kLanes; i += kLanes / R)
-        score_tile<R>(queries + r * blocks, list + j + i, call.dim, scores + r * kSplit + j + i);
+        score_tile<R, kPaired>(queries + r * blocks, list + j + i, call.dim, scores + r * kSplit + j + i);
     });
   }
   const float scale = score_scale(call, unit.head);

@@ -17,8 +17,8 @@ namespace llmkernels::LLMKERNELS_ISA {
 constexpr int64_t kManyRows = 192;  // Q, S and O of 128 channels: 250 KB, in a second-level cache
 constexpr int64_t kTileKeys = 64;
 
-template <class T>
-using CellsOf = std::conditional_t<kPairDot && std::is_same_v<T, bf16>, PairCells, FloatCells>;
+template <bool kPaired>
+using CellsOf = std::conditional_t<kPaired, PairCells, FloatCells>;
 
 // An element of T or of a query as one of the cells' elements.
 template <class To, class From>
@@ -31,10 +31,10 @@ LLMKERNELS_INLINE void convert(const From* from, int64_t n, To* to) {
 }
 
 // Buffers of a unit, in one piece of memory.
-template <class T>
+template <class T, bool kPaired>
 struct ManyBuffers {
-  using Element = typename CellsOf<T>::Element;
-  static constexpr int kDepth = CellsOf<T>::kDepth;
+  using Element = typename CellsOf<kPaired>::Element;
+  static constexpr int kDepth = CellsOf<kPaired>::kDepth;
   int64_t depth, width;  // cells of a query, floats of a row of values
   Element *queries, *keys, *values, *weights, *row;
   float *scores, *rescale;
@@ -60,22 +60,22 @@ struct ManyBuffers {
 };
 
 // keys[d, j] = channel d of key j; a column behind the last key keeps what it held, and its score is never seen.
-template <class T>
-void pack_keys(const AttentionCall& call, const ManyBuffers<T>& to, int64_t count) {
-  constexpr int kDepth = ManyBuffers<T>::kDepth;
+template <class T, bool kPaired>
+void pack_keys(const AttentionCall& call, const ManyBuffers<T, kPaired>& to, int64_t count) {
+  constexpr int kDepth = ManyBuffers<T, kPaired>::kDepth;
   for (int64_t j = 0; j < count; ++j) {
     convert(to.list[j], call.dim, to.row);
     const uint32_t* cells = reinterpret_cast<const uint32_t*>(to.row);
     uint32_t* column = reinterpret_cast<uint32_t*>(to.keys) + j;
     for (int64_t d = 0; d < to.depth; ++d) column[d * kTileKeys] = cells[d];
   }
-  static_assert(kDepth * sizeof(typename ManyBuffers<T>::Element) == sizeof(uint32_t));
+  static_assert(kDepth * sizeof(typename ManyBuffers<T, kPaired>::Element) == sizeof(uint32_t));
 }
 
 // values[j, c], in pairs values[j / 2, c, j % 2]; rows behind the last are zero: their weight is, but 0 * NaN is not.
-template <class T>
-void pack_values(const AttentionCall& call, const ManyBuffers<T>& to, int64_t count) {
-  if constexpr (ManyBuffers<T>::kDepth == 1) {
+template <class T, bool kPaired>
+void pack_values(const AttentionCall& call, const ManyBuffers<T, kPaired>& to, int64_t count) {
+  if constexpr (ManyBuffers<T, kPaired>::kDepth == 1) {
     for (int64_t j = 0; j < count; ++j) convert(to.list[j], call.v_dim, to.values + j * to.width);
     for (float* at = to.values + count * to.width; at < to.values + kTileKeys * to.width; ++at) *at = 0;
   } else {
@@ -92,12 +92,12 @@ void pack_values(const AttentionCall& call, const ManyBuffers<T>& to, int64_t co
   }
 }
 
-template <class T>
+template <class T, bool kPaired>
 Status attend_many(const AttentionCall& call, const Unit& unit, char* memory, Partial found) {
-  using Cells = CellsOf<T>;
+  using Cells = CellsOf<kPaired>;
   using Element = typename Cells::Element;
   constexpr int kDepth = Cells::kDepth;
-  const ManyBuffers<T> to(call, memory);
+  const ManyBuffers<T, kPaired> to(call, memory);
   const int64_t rows = unit.rows();
   const float scale = score_scale(call, unit.head);
 

@@ -79,7 +79,7 @@ inline void join(const Partial& part, int64_t rows, int64_t width, Partial joine
   }
 }
 
-template <class T>
+template <class T, bool kPaired>
 Status attend(const AttentionCall& call, int threads) {
   const int64_t width = ceil_div(call.v_dim, kTwoLanes) * kTwoLanes, part_floats = kManyRows * (width + 2);
   int64_t count = 0, parts = 0, most_rows = 1;
@@ -103,7 +103,7 @@ Status attend(const AttentionCall& call, int threads) {
   };
 
   int worst = kOk;
-  const int64_t work_bytes = most<int64_t>(few_bytes<T>(call), ManyBuffers<T>(call, nullptr).end);
+  const int64_t work_bytes = most<int64_t>(few_bytes(call), ManyBuffers<T, kPaired>(call, nullptr).end);
   parallel_tasks(count * call.kv_heads, threads, [&](int64_t task) {
     const Span& span = spans[task / call.kv_heads];
     Unit unit = span.unit;
@@ -115,7 +115,7 @@ Status attend(const AttentionCall& call, int threads) {
       const Partial alone{values + kManyRows * width, values + kManyRows * (width + 1), values, width};
       const Partial found = span.part < 0 ? alone : partial_of(span.part, unit.head);
       const bool few = unit.rows() <= kFewRows && unit.keys() <= kSplit;
-      status = few ? attend_few<T>(call, unit, own, found) : attend_many<T>(call, unit, own, found);
+      status = few ? attend_few<T, kPaired>(call, unit, own, found) : attend_many<T, kPaired>(call, unit, own, found);
       if (status == kOk && span.part < 0) write_rows(call, unit, found);
     }
     if (status != kOk) {
@@ -155,7 +155,12 @@ Status paged_attention(int q_dtype, int cache_dtype, const void* q, int64_t q_to
                            static_cast<const float*>(alibi_slopes), static_cast<const float*>(k_scale),
                            static_cast<const float*>(v_scale), scale_per_head, static_cast<const uint32_t*>(tree_mask),
                            tree_words, out, static_cast<float*>(lse)};
-  return with_element(cache_dtype, [&](auto element) { return attend<decltype(element)>(call, threads); });
+  return with_element(cache_dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (kPairDot && std::is_same_v<T, bf16>)
+      if (pair_dot_pays()) return attend<T, true>(call, threads);
+    return attend<T, false>(call, threads);
+  });
 }
 
 }  // namespace llmkernels::LLMKERNELS_ISA

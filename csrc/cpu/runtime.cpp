@@ -66,6 +66,15 @@ const Table& table() {
   return chosen;
 }
 
+bool pair_dot_pays() {
+#if defined(__x86_64__)
+  static const bool pays = __builtin_cpu_is("amd");
+  return pays;
+#else
+  return false;
+#endif
+}
+
 void* scratch(Scratch kind, int64_t bytes) {
   static thread_local std::pair<std::unique_ptr<void, Free>, int64_t> kept[2];
   auto& [memory, size] = kept[kind];

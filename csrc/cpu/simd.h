@@ -9,7 +9,7 @@
 //   power_of_two(n)               2^n for whole n from -126 to 127
 //   sum(v) largest(v) sums(v[kLanes])    of all lanes; sums gives lane i the sum of v[i]
 //   Pairs                         2 * kLanes bfloat16, two in each lane: load_pairs, broadcast_pair, even, odd, interleave
-//   dot(a, b, c)                  c + a . b, a pair at a time, of Pairs; fast where kPairDot says so
+//   dot(a, b, c)                  c + a . b, a pair at a time, of Pairs; one instruction where kPairDot says so
 #pragma once
 #include "cpu/types.h"
 

@@ -112,6 +112,10 @@ struct Table {
 // runtime.cpp: the fastest table that this processor, and the environment variable LLMKERNELS_CPU_ISA, allow.
 const Table& table();
 
+// runtime.cpp: whether one instruction for a pair of bfloat16 beats two float32 ones.  It does on Zen 4 and 5; Sapphire
+// Rapids runs it at half the rate of multiply-add (measured: 1.4 against 5.7 a nanosecond), as it has AMX for that.
+bool pair_dot_pays();
+
 // runtime.cpp: memory that a thread keeps from call to call, aligned to 64 bytes; null when there is none left.
 // `kShared` is for what a kernel's threads fill together, `kOwn` for what each of them needs for itself.
 enum Scratch { kShared, kOwn };
