@@ -115,8 +115,8 @@ def markdown(table: Iterable[Mapping[str, Any]]) -> str:
         lines.setdefault((op, *words), []).append(dtype)
     text = [f"| op | dtypes | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for (op, *words), dtypes in lines.items():
-        row = " | ".join("—" if word == "no kernel" else word for word in words)
-        text.append(f"| `{op}` | {' '.join(dtypes)} | {row} |")
+        said = " | ".join("—" if word == "no kernel" else word for word in words)
+        text.append(f"| `{op}` | {' '.join(dtypes)} | {said} |")
     return "\n".join(text)
 
 

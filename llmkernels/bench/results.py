@@ -38,7 +38,12 @@ def write(file: Path, report: dict[str, Any]) -> None:
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new report, and of the old one what the new run did not measure.  Each row says when it was recorded."""
+    """The new report, and of the old one what the new run did not measure.  Each row says when it was recorded.
+
+    A report of another number of threads says nothing about this one and is left out.
+    """
+    if old["ceilings"].get("threads") != new["ceilings"].get("threads"):
+        return new
     measured = {_key(row) for part in ("rows", "not_timed") for row in new[part]}
     merged = dict(new)
     for part in ("rows", "not_timed"):

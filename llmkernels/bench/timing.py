@@ -1,4 +1,4 @@
-"""How long a call takes: medians, cold caches, real data.
+"""How long a call takes: cold caches, real data, medians, or the best where threads wait for one another.
 
 On a CPU the same call is made on several copies of its arguments in turn, together larger than the last cache.  On a
 GPU a buffer larger than L2 is written before each call, and that write also hides the cost of the launch.
@@ -33,35 +33,44 @@ def copies(subject: Subject) -> int:
 
 
 def seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> float:
-    """The median time of one call.
+    """The time of one call: the median on a GPU and on one CPU thread, the best on several.
+
+    Threads wait for one another by spinning, and one that another program has pushed aside keeps all of them waiting
+    for its next turn, tens of milliseconds: on a shared machine the median of such calls says nothing.
 
     Args:
         runs: the call on each copy of its arguments.  Each is made once before the clock starts.
         budget: seconds to spend, more or less.
     """
-    start = time.perf_counter()
-    runs[0]()
-    runs = runs[: max(2, int(budget / (time.perf_counter() - start)))]  # a call this slow needs no cold caches
+    import torch
+
+    runs[0]()  # packs, compiles, plans
+    once = min(_once(runs[0]) for _ in range(LEAST))
+    runs = runs[: max(2, int(budget / once))]  # what is that slow needs no cold caches
     for run in runs[1:]:
         run()
     if device.startswith("cuda"):
         return _gpu_seconds(runs, device, budget)
+    middle = statistics.median if torch.get_num_threads() == 1 else min
     turns = cycle(runs)
-    medians: list[float] = []
+    found: list[float] = []
     start = time.perf_counter()
-    while not medians or (len(medians) < ROUNDS and time.perf_counter() - start < PATIENCE * budget):
-        medians.append(_cpu_median(turns, budget / ROUNDS))
-    return min(medians)
+    while not found or (len(found) < ROUNDS and time.perf_counter() - start < PATIENCE * budget):
+        found.append(middle(_cpu_times(turns, budget / ROUNDS)))
+    return min(found)
 
 
-def _cpu_median(turns: Iterator[Callable[[], Any]], budget: float) -> float:
+def _cpu_times(turns: Iterator[Callable[[], Any]], budget: float) -> list[float]:
     times: list[float] = []
     while sum(times) < budget or len(times) < LEAST:
-        run = next(turns)
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        times.append(_once(next(turns)))
+    return times
+
+
+def _once(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _gpu_seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> float:

@@ -6,9 +6,11 @@ Peers that need a package come into play where that package is importable.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module, util
 from typing import Any
+
+from llmkernels.registry import describe
 
 Call = Mapping[str, Any]
 Prepare = Callable[[Call], Callable[[], Any] | None]
@@ -25,6 +27,15 @@ def peers(op: str, quick: bool = False) -> Iterator[tuple[str, Prepare]]:
     for name, prepare in PEERS.get(op, {}).items():
         if not (quick and name in SLOW):
             yield name, prepare
+
+
+@lru_cache(maxsize=1)
+def _compiled(function: Callable, kind: tuple[str, ...]) -> Callable:
+    """`function`, compiled for this kind of call only: torch stops compiling a function that it met in many kinds."""
+    import torch
+
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def peer(op: str, name: str, needs: str | None = None) -> Callable[[Prepare], Prepare]:
@@ -49,9 +60,8 @@ def eager(op: str, *, compiled: bool = True, takes: Callable[[Call], bool] = lam
             return partial(function, **call) if takes(call) else None
 
         def prepare_compiled(call: Call) -> Callable[[], Any] | None:
-            import torch
-
-            return partial(torch.compile(function, dynamic=False), **call) if takes(call) else None
+            kind = tuple(describe(value) for value in call.values())
+            return partial(_compiled(function, kind), **call) if takes(call) else None
 
         peer(op, "torch")(prepare)
         if compiled:
