@@ -134,6 +134,34 @@ def test_doctor():
     assert "reference" in out
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import os\nos._exit(3)", "the import ended with code 3"),
+        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        ("ARRAYS = ('torch',)\ndef absent():\n    return None", None),
+    ],
+    ids=["crashes", "raises", "loads"],
+)
+def test_doctor_lists_plugins_that_fail(tmp_path, monkeypatch, source, words):
+    (tmp_path / "doctored.py").write_text(source)
+    about = tmp_path / "doctored-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: doctored\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[llmkernels.backends]\ndoctored = doctored\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    discovery.forget_all()
+    try:
+        facts = answer("doctor")
+    finally:
+        monkeypatch.undo()
+        discovery.forget_all()
+    (plugin,) = (p for p in facts["plugins"] if p["backend"] == "doctored")
+    assert plugin["distribution"] == "doctored"
+    assert plugin["problem"] is None if words is None else words in plugin["problem"]
+    assert any("the plug-in doctored" in problem for problem in facts["problems"]) == (words is not None)
+
+
 @pytest.mark.parametrize("asked", ["doctor", "status"])
 def test_answers_where_nothing_optional_is_installed(asked):
     missing = ("torch", "jax", "triton", "matplotlib", "safetensors", "tokenizers", "transformers", "numpy")

@@ -41,7 +41,8 @@ from llmkernels import discovery
 if not discovery.package(sys.argv[1]).absent():
     for op in json.loads(sys.argv[3]):
         if module := discovery.implementation(sys.argv[1], op):
-            assert callable(module.run) and callable(module.refuse), f"{module.__name__} lacks run or refuse"
+            lacks = [name for name in ("run", "refuse") if module and not hasattr(module, name)]
+        assert not lacks, f"{module.__name__} lacks {' and '.join(lacks)}"
 """
 
 
