@@ -144,7 +144,9 @@ def test_doctor():
     ids=["crashes", "raises", "loads"],
 )
 def test_doctor_lists_plugins_that_fail(tmp_path, monkeypatch, source, words):
-    (tmp_path / "doctored.py").write_text(source)
+    package = tmp_path / "doctored"
+    package.mkdir()
+    (package / "__init__.py").write_text(source)
     about = tmp_path / "doctored-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: doctored\nVersion: 1.0\n")

@@ -41,8 +41,8 @@ from llmkernels import discovery
 if not discovery.package(sys.argv[1]).absent():
     for op in json.loads(sys.argv[3]):
         if module := discovery.implementation(sys.argv[1], op):
-            lacks = [name for name in ("run", "refuse") if module and not hasattr(module, name)]
-        assert not lacks, f"{module.__name__} lacks {' and '.join(lacks)}"
+            lacks = [name for name in ("run", "refuse") if not hasattr(module, name)]
+            assert not lacks, f"{module.__name__} lacks {' and '.join(lacks)}"
 """
 
 
