@@ -1,16 +1,21 @@
-"""x @ wT for dense and quantized weights: which of torch's kernels answers which shape.
+r"""x @ wT for dense and quantized weights: which of torch's kernels answers which shape.
 
-Times of a 4096 x 4096 weight on one thread of a CPU without AVX-512, in ms, at 1, 4, 16 and 64 rows:
+Times of a 4096 x 4096 weight on one thread of an EPYC 7003, which has AVX2 and no AVX-512, in ms, at 1, 4, 16, 64 rows:
 
     F.linear in bfloat16                     3.2   12.6    49    195
     converted to float32 in cache, sgemm     4.2    9.2    14     32
-    int8 codes, the same                     3.1    8.1    13     33     + 1.5 with a scale for 128 columns
-    _weight_int4pack_mm_for_cpu, bfloat16    2.5    4.5    19     75     36 to 40 at one row in float32 and float16
-    _weight_int8pack_mm, bfloat16            2.0    3.6    19     65     16 to 19
+    int8 codes, the same                     3.1    8.1    13     33     1.5 more with a scale for 128 columns
+    _weight_int4pack_mm_for_cpu, bfloat16    2.5    4.5    19     75     36 at one row in float32, 40 in float16
+    _weight_int8pack_mm, bfloat16            2.0    3.6    19     65     16 at one row in float32, 19 in float16
     torch._int_mm                             12     46   218    817
     torch._scaled_mm                         192           225
 
-So half precision is converted a piece at a time, unless the CPU multiplies bfloat16 itself.
+the first of them by
+
+    python -m timeit -s "import torch; torch.set_num_threads(1); x = torch.randn(1, 4096).bfloat16()" \
+        -s "w = torch.randn(4096, 4096).bfloat16()" "torch.nn.functional.linear(x, w)"
+
+and so on.  So half precision is converted a piece at a time, unless the CPU multiplies bfloat16 itself.
 """
 
 import math
@@ -101,7 +106,9 @@ def _eight_bits(values, weight, dtype):
             return _onednn(values, weight).mul_(row_scales)
     elif plain and not _common.on_host(values) and whole and dtype == torch.bfloat16 and _has_fp8(values):
         one = torch.ones((), device=values.device)  # Hopper's FP8 sums are too coarse for wider outputs
-        product = torch._scaled_mm(values, weight.values.contiguous().t(), one, one, out_dtype=torch.float32)
+        product = torch._scaled_mm(
+            values.contiguous(), weight.values.contiguous().t(), one, one, out_dtype=torch.float32
+        )
         return product.mul_(row_scales)
     return _times(values.float(), codes(weight), dtype)
 

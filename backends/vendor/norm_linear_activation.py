@@ -6,7 +6,7 @@ from torch.nn import functional
 from ._common import refuse_device
 from ._products import dense, quantized
 
-TRAITS = {"deterministic": True, "accumulate": "float32"}
+TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
 
 ACTIVATIONS = {
     "none": lambda z: z,

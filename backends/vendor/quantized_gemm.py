@@ -5,7 +5,7 @@ import torch
 from ._common import refuse_device
 from ._products import quantized
 
-TRAITS = {"deterministic": True, "accumulate": "float32"}
+TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
 
 
 def refuse(x, weight, **options):

@@ -5,7 +5,7 @@ import torch
 from . import _common
 from ._common import refuse_device
 
-TRAITS = {"deterministic": True, "accumulate": "float32"}
+TRAITS = {"graph_safe": True, "accumulate": "float32"}  # not deterministic: torch's cumsum on CUDA is not
 
 HEAD = 256  # how many of the largest scores top-p looks at before all are sorted
 
