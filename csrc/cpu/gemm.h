@@ -9,6 +9,8 @@
 // Units share nothing and each has its own order of additions, whatever the number of threads and of rows: the result of a
 // row depends on that row alone, except for dense weights, which have one order for few rows and another one for many.
 #pragma once
+#include <type_traits>
+
 #include "cpu/gemm_dense.h"
 #include "cpu/gemm_epilogue.h"
 #include "cpu/gemm_panel.h"
@@ -47,21 +49,22 @@ template <class Source>
 struct PackedWeight {
   using Input = typename Source::Input;
   static constexpr const int* kOrder = Source::kOrder;
+  static constexpr bool kScaled = __is_same(Source, Int4Scaled);
+  static int64_t chunk(const GemmCall& call) { return call.group ? least(call.group, kChunk<Input>) : kChunk<Input>; }
 
   static void multiply(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, Bench& bench) {
     constexpr int kColumnBytes = Source::kBytes / (Source::kParts * Source::kColumns);  // of all 64 channels
     const bool nibbles = call.storage == kInt4Panels || call.storage == kFp4Panels || call.storage == kInt4Products;
-    const uint8_t* values = static_cast<const uint8_t*>(call.values) + panel * x.padded * kColumnBytes;
+    const uint8_t* values = static_cast<const uint8_t*>(call.values) + panel * call.padded() * kColumnBytes;
     Source source{Stored{values, bench.offsets}};
-    const int64_t chunk = call.template chunk<Input>();
     for (int64_t c = 0; c < x.chunks; ++c) {
-      const int64_t column = c * chunk, at = first * x.chunks + c;
+      const int64_t column = c * x.chunk, at = c * x.count + first;
       if (c == 0 || (call.group && column % call.group == 0))
         load_group(call, panel, call.group ? column / call.group : 0, nibbles ? 8.0f : 0.0f, Source::kOffset, bench);
       source.values = values + column * kColumnBytes;
-      const Scaling scaling{bench.scales, bench.offsets, x.factors + at, x.sums + at, x.chunks};
-      multiply_chunk(source, x.x + first * x.padded + column, x.padded, rows, least(chunk, x.padded - column), scaling,
-                     bench.totals, bench.panel);
+      const Scaling scaling{bench.scales, bench.offsets, x.factors + at, x.sums + at};
+      multiply_chunk(source, x.at(c, first), x.chunk, rows, least(x.chunk, call.padded() - column), scaling, bench.totals,
+                     bench.panel);
     }
   }
 };
@@ -71,17 +74,20 @@ template <class Panel, class T>
 struct DenseWeight {
   using Input = typename Panel::Input;
   static constexpr const int* kOrder = kInOrder;
+  static constexpr bool kScaled = false;
+  static bool few(const GemmCall& call) { return __is_same(Input, float) && call.rows <= kFewDense; }
+  static int64_t chunk(const GemmCall& call) { return few(call) ? most<int64_t>(call.padded(), 8) : kChunk<Input>; }
 
   static void multiply(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, Bench& bench) {
     if constexpr (__is_same(Input, float)) {
-      if (call.rows <= kFewDense) return multiply_dense_few<T>(call, panel, x, first, rows, bench.totals);
+      if (few(call)) return multiply_dense_few<T>(call, panel, x, first, rows, bench.totals);
     }
     for (int c = 0; c < kPanel; ++c) bench.scales[c] = 1.0f;
     for (int64_t c = 0; c < x.chunks; ++c) {
-      const int64_t column = c * kChunk<Input>, at = first * x.chunks + c;
-      const Scaling scaling{bench.scales, nullptr, x.factors + at, x.sums + at, x.chunks};
-      multiply_dense_chunk<Panel, T>(call, panel, column, x.x + first * x.padded + column, x.padded, rows, scaling,
-                                     bench.totals, bench.panel);
+      const int64_t at = c * x.count + first;
+      const Scaling scaling{bench.scales, nullptr, x.factors + at, x.sums + at};
+      multiply_dense_chunk<Panel, T>(call, panel, c * x.chunk, x.at(c, first), x.chunk, rows, scaling, bench.totals,
+                                     bench.panel);
     }
   }
 };
@@ -89,15 +95,16 @@ struct DenseWeight {
 template <class Weight, class T>
 Status multiply(const GemmCall& call) {
   using Input = typename Weight::Input;
-  const int64_t padded = call.padded(), chunks = ceil_div(call.columns, call.template chunk<Input>());
+  const int64_t padded = call.padded();
   bool starved = false;
   for (int64_t begin = 0; begin < call.rows; begin += kPrepared) {
     const int64_t count = least<int64_t>(kPrepared, call.rows - begin);
-    void* memory = scratch(kShared, Rows<Input>::bytes(count, padded, chunks));
+    Rows<Input> x(count, Weight::chunk(call), padded);
+    void* memory = scratch(kShared, most<int64_t>(x.bytes(), 1));
     if (!memory) return kOutOfMemory;
-    const auto x = Rows<Input>::in(memory, count, padded, chunks);
+    x.place(memory);
     parallel_ranges(count, padded, call.threads, [&](int64_t from, int64_t to) {
-      float* work = static_cast<float*>(scratch(kOwn, (2 * padded + kLanes) * int64_t(sizeof(float))));
+      float* work = static_cast<float*>(scratch(kOwn, 2 * (padded + kLanes) * int64_t(sizeof(float))));
       if (!work) return __atomic_store_n(&starved, true, __ATOMIC_RELAXED);
       for (int64_t row = from; row < to; ++row) prepare_row<Weight, T>(call, begin + row, x, row, work);
     });
@@ -139,7 +146,7 @@ Status multiply_as_stored(const GemmCall& call) {
     case kDense:
       return multiply<DenseWeight<ColumnFloats<float>, T>, T>(call);
     case kInt4Panels:
-      return multiply<PackedWeight<Int4Floats>, T>(call);
+      return multiply<PackedWeight<std::conditional_t<__is_same(T, float), Int4Floats, Int4Scaled>>, T>(call);
     case kFp4Panels:
       return multiply<PackedWeight<Fp4Floats>, T>(call);
     case kInt8Panels:

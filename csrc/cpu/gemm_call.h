@@ -18,9 +18,9 @@ constexpr int kPanel = 64;  // channels
 // Columns whose products are summed in registers before they are scaled and added up, at most: few enough for exact int32
 // sums in float32, for float32 sums that err little, and for a decoded panel of them, 16 KiB, to stay in the nearest cache.
 template <class Input>
-constexpr int kChunk = 128;
+constexpr int64_t kChunk = 128;
 template <>
-constexpr int kChunk<float> = 64;
+constexpr int64_t kChunk<float> = 64;
 
 // The arguments of table.h, under its names.
 struct GemmCall {
@@ -64,10 +64,6 @@ struct GemmCall {
   }
   int64_t padded() const { return ceil_div(columns, 8) * 8; }
   int64_t groups() const { return group ? ceil_div(columns, group) : 1; }
-  template <class Input>
-  int64_t chunk() const {
-    return group ? least<int64_t>(group, kChunk<Input>) : kChunk<Input>;
-  }
 };
 
 }  // namespace llmkernels::LLMKERNELS_ISA

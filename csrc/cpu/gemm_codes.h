@@ -4,6 +4,7 @@
 //   load_words(p), floats(w)
 //   power_below(x)        2^e <= |x| < 2^(e+1)
 //   nibble(w, i, high)    the float 0..15 of bits 4i .. 4i+3, minus (high - 2^23): one `or` and one subtraction, exact
+//   nibble_in_place(w, i) the number of those bits times 16^(i % 4): neither shifted nor offset
 //   fp4(w, i)             the e2m1 number in bits 4i .. 4i+3
 //   Bytes, nibble_bytes   eight codes a lane as bytes: the even columns, then the odd ones
 //   dot(sum, codes, x)    sum + codes . x in int32, x being 8 (Bytes) or 4 (Quads) activations shared by all lanes
@@ -33,6 +34,9 @@ LLMKERNELS_INLINE Floats power_below(Floats x) {
 LLMKERNELS_INLINE Floats nibble(Words w, int i, Floats high) {
   const Words code = _mm512_and_si512(_mm512_srli_epi32(w, 4 * i), _mm512_set1_epi32(15));
   return _mm512_castsi512_ps(_mm512_or_si512(code, _mm512_set1_epi32(0x4b000000))) - high;
+}
+LLMKERNELS_INLINE Floats nibble_in_place(Words w, int i) {
+  return floats(_mm512_and_si512(i < 4 ? w : _mm512_srli_epi32(w, 16), _mm512_set1_epi32(15 << (4 * (i % 4)))));
 }
 LLMKERNELS_INLINE Floats fp4(Words w, int i) {
   const Floats values = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
@@ -97,6 +101,9 @@ LLMKERNELS_INLINE Floats nibble(Words w, int i, Floats high) {
   const Words code = _mm256_and_si256(_mm256_srli_epi32(w, 4 * i), _mm256_set1_epi32(15));
   return _mm256_castsi256_ps(_mm256_or_si256(code, _mm256_set1_epi32(0x4b000000))) - high;
 }
+LLMKERNELS_INLINE Floats nibble_in_place(Words w, int i) {
+  return floats(_mm256_and_si256(i < 4 ? w : _mm256_srli_epi32(w, 16), _mm256_set1_epi32(15 << (4 * (i % 4)))));
+}
 LLMKERNELS_INLINE Floats fp4(Words w, int i) {  // the permutation reads three bits; the fourth is the sign
   const Words code = _mm256_srli_epi32(w, 4 * i);
   const Words sign = _mm256_and_si256(_mm256_slli_epi32(code, 28), _mm256_set1_epi32(int(0x80000000)));
@@ -141,6 +148,9 @@ LLMKERNELS_INLINE Floats power_below(Floats x) { return bit_cast<Floats>(bit_cas
 
 LLMKERNELS_INLINE Floats nibble(Words w, int i, Floats high) {
   return bit_cast<Floats>(((w >> (4 * i)) & 15) | 0x4b000000) - high;
+}
+LLMKERNELS_INLINE Floats nibble_in_place(Words w, int i) {
+  return floats((i < 4 ? w : w >> 16) & (15u << (4 * (i % 4))));
 }
 LLMKERNELS_INLINE Floats fp4(Words w, int i) {  // twice the number is the whole number at this place of the table
   static constexpr float kValues[] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6};

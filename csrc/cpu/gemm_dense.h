@@ -45,7 +45,7 @@ void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<float>& 
       const int64_t feature = call.feature(panel, channel + c);
       weight[c] = static_cast<const T*>(call.values) + most<int64_t>(feature, 0) * call.values_stride;
     }
-    dots_most<kMost>(weight, x.x + first * x.padded, x.padded, call.columns, rows, totals + channel);
+    dots_most<kMost>(weight, x.at(0, first), x.chunk, call.columns, rows, totals + channel);
   }
 }
 

@@ -39,13 +39,13 @@ struct Stored {
 // A load of one word, four columns or eight, for each channel of a vector.
 struct StoredWords : Stored {
   static constexpr int kBytes = 4 * kPanel;
+  static constexpr bool kStreams = true;
   LLMKERNELS_INLINE Words word_at(int64_t step, int vector) const {
-    const uint8_t* at = values + step * kBytes + vector * 4 * kLanes;
-    __builtin_prefetch(at + kAhead);
-    return load_words(at);
+    return load_words(values + step * kBytes + vector * 4 * kLanes);
   }
 };
 
+// int4 with float32 x: the zero point is taken off each code, which is exact.
 struct Int4Floats : StoredWords {
   using Input = float;
   using Sum = Floats;
@@ -53,9 +53,21 @@ struct Int4Floats : StoredWords {
   static constexpr const int* kOrder = kInOrder;
   static constexpr bool kLazy = false;
   static constexpr float kOffset = kTwo23;
-  LLMKERNELS_INLINE Words load_at(int64_t step, int vector) const { return word_at(step, vector); }
-  LLMKERNELS_INLINE Floats part(Words w, int i, int vector) const {
-    return nibble(w, i, load(offsets + vector * kLanes));
+  LLMKERNELS_INLINE Floats part(int64_t step, int i, int vector) const {
+    return nibble(word_at(step, vector), i, load(offsets + vector * kLanes));
+  }
+};
+
+// int4 with x of 16 bits: codes stay where they are in their half of a word, 16^i times too large, and x is as much smaller.
+struct Int4Scaled : StoredWords {
+  using Input = float;
+  using Sum = Floats;
+  static constexpr int kColumns = 1, kParts = 8;
+  static constexpr const int* kOrder = kInOrder;
+  static constexpr bool kLazy = true;
+  static constexpr float kOffset = 0;
+  LLMKERNELS_INLINE Floats part(int64_t step, int i, int vector) const {
+    return nibble_in_place(word_at(step, vector), i);
   }
 };
 
@@ -66,8 +78,7 @@ struct Fp4Floats : StoredWords {
   static constexpr const int* kOrder = kInOrder;
   static constexpr bool kLazy = false;
   static constexpr float kOffset = 0;
-  LLMKERNELS_INLINE Words load_at(int64_t step, int vector) const { return word_at(step, vector); }
-  LLMKERNELS_INLINE Floats part(Words w, int i, int) const { return fp4(w, i); }
+  LLMKERNELS_INLINE Floats part(int64_t step, int i, int vector) const { return fp4(word_at(step, vector), i); }
 };
 
 template <class T>  // int8_t, e4m3, or float: a panel that was decoded
@@ -76,18 +87,16 @@ struct ColumnFloats : Stored {
   using Sum = Floats;
   static constexpr int kColumns = 1, kParts = 1, kBytes = kPanel * sizeof(T);
   static constexpr const int* kOrder = kInOrder;
-  static constexpr bool kLazy = false;
+  static constexpr bool kLazy = false, kStreams = sizeof(T) == 1;
   static constexpr float kOffset = 0;
-  LLMKERNELS_INLINE Floats load_at(int64_t step, int vector) const {
+  LLMKERNELS_INLINE Floats part(int64_t step, int, int vector) const {
     const T* at = reinterpret_cast<const T*>(values + step * kBytes) + vector * kLanes;
     if constexpr (sizeof(T) == 1) {
-      __builtin_prefetch(reinterpret_cast<const uint8_t*>(at) + kAhead);
       return load_codes(at) - load(offsets + vector * kLanes);
     } else {
       return load(at);
     }
   }
-  LLMKERNELS_INLINE Floats part(Floats w, int, int) const { return w; }
 };
 
 struct Int4Bytes : StoredWords {
@@ -97,8 +106,7 @@ struct Int4Bytes : StoredWords {
   static constexpr const int* kOrder = kEvenFirst;
   static constexpr bool kLazy = true;
   static constexpr float kOffset = 0;
-  LLMKERNELS_INLINE Bytes load_at(int64_t step, int vector) const { return nibble_bytes(word_at(step, vector)); }
-  LLMKERNELS_INLINE Bytes part(Bytes w, int, int) const { return w; }
+  LLMKERNELS_INLINE Bytes part(int64_t step, int, int vector) const { return nibble_bytes(word_at(step, vector)); }
 };
 
 struct Int8Quads : StoredWords {
@@ -108,18 +116,17 @@ struct Int8Quads : StoredWords {
   static constexpr const int* kOrder = kQuadOrder;
   static constexpr bool kLazy = true;
   static constexpr float kOffset = kQuadBias;
-  LLMKERNELS_INLINE Quads load_at(int64_t step, int vector) const { return quads(word_at(step, vector)); }
-  LLMKERNELS_INLINE Quads part(Quads w, int, int) const { return w; }
+  LLMKERNELS_INLINE Quads part(int64_t step, int, int vector) const { return quads(word_at(step, vector)); }
 };
 
 struct PanelPairs : Stored {
   using Input = bf16;
   using Sum = Floats;
   static constexpr int kColumns = 2, kParts = 1, kBytes = 2 * kPanel * sizeof(bf16);
-  LLMKERNELS_INLINE Pairs load_at(int64_t step, int vector) const {
+  static constexpr bool kStreams = false;
+  LLMKERNELS_INLINE Pairs part(int64_t step, int, int vector) const {
     return load_pairs(reinterpret_cast<const bf16*>(values + step * kBytes) + vector * 2 * kLanes);
   }
-  LLMKERNELS_INLINE Pairs part(Pairs w, int, int) const { return w; }
 };
 
 #if defined(__AVX512BF16__)
@@ -133,8 +140,9 @@ struct NibblePairs : StoredWords {
   static constexpr float kOffset = -8;  // the table has taken 8 off already
   CodeTable table = code_table(Integers);
   explicit NibblePairs(Stored stored) : StoredWords{stored} {}
-  LLMKERNELS_INLINE Words load_at(int64_t step, int vector) const { return word_at(step, vector); }
-  LLMKERNELS_INLINE Pairs part(Words w, int i, int) const { return nibble_pairs(w, i, table); }
+  LLMKERNELS_INLINE Pairs part(int64_t step, int i, int vector) const {
+    return nibble_pairs(word_at(step, vector), i, table);
+  }
 };
 
 template <class T>  // int8_t or e4m3
@@ -143,15 +151,13 @@ struct ColumnPairs : Stored {
   using Sum = Floats;
   static constexpr int kColumns = 2, kParts = 1, kBytes = 2 * kPanel * sizeof(T);
   static constexpr const int* kOrder = kInOrder;
-  static constexpr bool kLazy = false;
+  static constexpr bool kLazy = false, kStreams = true;
   static constexpr float kOffset = 0;
-  LLMKERNELS_INLINE Pairs load_at(int64_t step, int vector) const {
+  LLMKERNELS_INLINE Pairs part(int64_t step, int, int vector) const {
     const T* at = reinterpret_cast<const T*>(values + step * kBytes) + vector * kLanes;
-    __builtin_prefetch(reinterpret_cast<const uint8_t*>(at) + kAhead);
     const Floats offset = load(offsets + vector * kLanes);
     return exact_pairs(load_codes(at) - offset, load_codes(at + kPanel) - offset);
   }
-  LLMKERNELS_INLINE Pairs part(Pairs w, int, int) const { return w; }
 };
 #endif
 
@@ -159,41 +165,51 @@ struct ColumnPairs : Stored {
 struct Scaling {
   const float* scales;   // [64] channels
   const float* offsets;  // [64] channels; used where the source is lazy
-  const float* factors;  // of row i at i * stride
-  const float* sums;     // sum of the row's x over the chunk, likewise
-  int64_t stride;
+  const float* factors;  // [rows]
+  const float* sums;     // [rows] of a row's x over the chunk
 };
 
 // totals[Rows][64] += scaled products of `steps` loads; x[Rows] lie `x_stride` apart.
 template <int Rows, bool Lazy, class Source>
 LLMKERNELS_INLINE void multiply_rows(const Source& source, const typename Source::Input* x, int64_t x_stride, int64_t steps,
                                      const Scaling& scaling, float* totals) {
-  constexpr int kSums = kRegisters == 32 ? 24 : 12;  // registers that hold sums; the others hold codes and x
+  // Registers that hold sums; the others hold the words of as many vectors, what it takes to decode them, and x.
+  constexpr int kSums = kRegisters == 32 ? 24 : Source::kStreams ? 8 : 12;
   constexpr int kFit = kSums / Rows;
-  constexpr int kAtOnce = least(kVectors, kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1);
+  constexpr int kAtOnce = least(kVectors, kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1);
   for (int first = 0; first < kVectors; first += kAtOnce) {
     typename Source::Sum sum[Rows][kAtOnce] = {};
     for (int64_t step = 0; step < steps; ++step) {
-      const typename Source::Input* at = x + step * (Source::kParts * Source::kColumns);
+      if (Source::kStreams && first == 0)
+        for (int line = 0; line < Source::kBytes; line += 64)
+          __builtin_prefetch(source.values + step * Source::kBytes + kAhead + line);
 #pragma GCC unroll 8
-      for (int v = 0; v < kAtOnce; ++v) {
-        const auto loaded = source.load_at(step, first + v);
+      for (int i = 0; i < Source::kParts; ++i) {
+        const typename Source::Input* at = x + (step * Source::kParts + i) * Source::kColumns;
+        if constexpr (Rows < kAtOnce) {  // x of all rows stays in registers while vectors of weights pass
 #pragma GCC unroll 8
-        for (int i = 0; i < Source::kParts; ++i) {
-          const auto w = source.part(loaded, i, first + v);
+          for (int v = 0; v < kAtOnce; ++v) {
+            const auto w = source.part(step, i, first + v);
+#pragma GCC unroll 8
+            for (int row = 0; row < Rows; ++row) sum[row][v] = product(sum[row][v], w, at + row * x_stride);
+          }
+        } else {  // the weights of all vectors stay while rows of x pass
+          decltype(source.part(0, 0, 0)) w[kAtOnce];
+#pragma GCC unroll 8
+          for (int v = 0; v < kAtOnce; ++v) w[v] = source.part(step, i, first + v);
 #pragma GCC unroll 8
           for (int row = 0; row < Rows; ++row)
-            sum[row][v] = product(sum[row][v], w, at + row * x_stride + i * Source::kColumns);
+#pragma GCC unroll 8
+            for (int v = 0; v < kAtOnce; ++v) sum[row][v] = product(sum[row][v], w[v], at + row * x_stride);
         }
       }
     }
     for (int row = 0; row < Rows; ++row) {
-      const Floats factor = broadcast(scaling.factors[row * scaling.stride]);
+      const Floats factor = broadcast(scaling.factors[row]), minus = broadcast(Lazy ? -scaling.sums[row] : 0.0f);
       for (int v = 0; v < kAtOnce; ++v) {
         const int channel = (first + v) * kLanes;
         Floats value = floats(sum[row][v]);
-        if constexpr (Lazy)
-          value = fma(load(scaling.offsets + channel), broadcast(-scaling.sums[row * scaling.stride]), value);
+        if constexpr (Lazy) value = fma(load(scaling.offsets + channel), minus, value);
         float* total = totals + row * kPanel + channel;
         store(total, fma(value, load(scaling.scales + channel) * factor, load(total)));
       }
@@ -207,8 +223,8 @@ LLMKERNELS_INLINE void multiply_most(const Source& source, const typename Source
   if constexpr (Most > 0) {
     for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel) {
       multiply_rows<Most, Lazy>(source, x, x_stride, steps, scaling, totals);
-      scaling.factors += Most * scaling.stride;
-      scaling.sums += Most * scaling.stride;
+      scaling.factors += Most;
+      scaling.sums += Most;
     }
     multiply_most<Most - 1, Lazy>(source, x, x_stride, rows, steps, scaling, totals);
   }
@@ -227,12 +243,10 @@ LLMKERNELS_INLINE void store_part_at(uint8_t* panel, int64_t part, int vector, P
 template <class Source>
 void decode(const Source& source, int64_t steps, uint8_t* panel) {
   for (int64_t step = 0; step < steps; ++step)
-    for (int v = 0; v < kVectors; ++v) {
-      const auto loaded = source.load_at(step, v);
 #pragma GCC unroll 8
-      for (int i = 0; i < Source::kParts; ++i)
-        store_part_at(panel, step * Source::kParts + i, v, source.part(loaded, i, v));
-    }
+    for (int i = 0; i < Source::kParts; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        store_part_at(panel, step * Source::kParts + i, v, source.part(step, i, v));
 }
 
 // totals[rows][64] += one chunk's products.  Few rows multiply what is decoded in registers; for more it is decoded once,
@@ -247,7 +261,7 @@ void multiply_chunk(const Source& source, const typename Source::Input* x, int64
     multiply_most<kFew, kLazy>(source, x, x_stride, rows, steps, scaling, totals);
   } else if constexpr (!kIntegers) {
     decode(source, steps, scratch);
-    const auto panel = panel_of(source.part(source.load_at(0, 0), 0, 0), scratch);
+    const auto panel = panel_of(source.part(0, 0, 0), scratch);
     multiply_most<kMany, kLazy>(panel, x, x_stride, rows, columns / Source::kColumns, scaling, totals);
   }
 }

@@ -4,24 +4,24 @@
 
 namespace llmkernels::LLMKERNELS_ISA {
 
-// Rows that are ready, in chunks: x[row][padded], then for each row and chunk the factor that undoes the rounding, and
-// the sum of its x.  What lies beyond the last column is zeros.
+// Rows that are ready, chunk by chunk: those of a chunk lie next to each other, where whole rows a power of two apart would
+// fight for the same lines of a cache.  Each row and chunk has the factor that undoes its rounding, and the sum of its x.
+// What lies beyond the last column is zeros.
 template <class Input>
 struct Rows {
-  Input* x;
-  float* factors;  // [rows][chunks]
-  float* sums;     // [rows][chunks]
-  int64_t padded;  // columns, a multiple of 8
-  int64_t chunks;
+  int64_t count, chunk, chunks;
+  Input* x;        // [chunks][count][chunk]
+  float* factors;  // [chunks][count]
+  float* sums;     // [chunks][count]
 
-  static int64_t bytes(int64_t rows, int64_t padded, int64_t chunks) {
-    return rows * (padded * int64_t(sizeof(Input)) + 2 * chunks * int64_t(sizeof(float))) + 64;
+  Rows(int64_t count, int64_t chunk, int64_t columns) : count(count), chunk(chunk), chunks(ceil_div(columns, chunk)) {}
+  int64_t bytes() const { return count * chunks * (chunk * int64_t(sizeof(Input)) + 2 * int64_t(sizeof(float))); }
+  void place(void* memory) {
+    x = static_cast<Input*>(memory);
+    factors = reinterpret_cast<float*>(x + count * chunks * chunk);
+    sums = factors + count * chunks;
   }
-  static Rows in(void* memory, int64_t rows, int64_t padded, int64_t chunks) {
-    float* factors = static_cast<float*>(memory);  // in front: the vectors of x may be read a little beyond its end
-    float* sums = factors + rows * chunks;
-    return {reinterpret_cast<Input*>(sums + rows * chunks), factors, sums, padded, chunks};
-  }
+  Input* at(int64_t c, int64_t row) const { return x + (c * count + row) * chunk; }
 };
 
 // x + residual, kept where asked for: s[columns] and zeros up to the next 8.
@@ -96,33 +96,41 @@ LLMKERNELS_INLINE Input encoded(float value) {
   }
 }
 
+// x for a code that is 16^(i % 4) times too large.  Only what is below 2^-114 loses bits by it.
+LLMKERNELS_INLINE float in_place(float x, int i) { return x * bit_cast<float>(uint32_t(127 - 4 * (i % 4)) << 23); }
+template <class Input>
+LLMKERNELS_INLINE Input in_place(Input x, int) {
+  return x;
+}
+
 // Row `row` of the call, into row `into` of those that are ready.  `work` is two rows of float32.
 template <class Weight, class T>
 void prepare_row(const GemmCall& call, int64_t row, const Rows<typename Weight::Input>& rows, int64_t into, float* work) {
   using Input = typename Weight::Input;
-  const int64_t chunk = call.template chunk<Input>(), span = call.rounding_group ? call.rounding_group : call.columns;
+  const int64_t padded = call.padded(), span = call.rounding_group ? call.rounding_group : call.columns;
   float* s = work;
   add_residual<T>(call, row, s);
   if (call.norm != kNoNorm) normalize<T>(call, s);
-  float* stored = call.permutation ? work + rows.padded : s;
+  float* stored = call.permutation ? work + padded + kLanes : s;
   if (call.permutation)
     for (int64_t i = 0; i < call.columns; ++i) stored[i] = s[call.permutation[i]];
-  for (int64_t i = call.columns; i < rows.padded; ++i) stored[i] = 0;
+  for (int64_t i = call.columns; i < padded; ++i) stored[i] = 0;
 
   float factor = 1.0f;
-  Input* x = rows.x + into * rows.padded;
   for (int64_t c = 0; c < rows.chunks; ++c) {
-    const int64_t first = c * chunk, end = least(first + chunk, call.columns);
+    const int64_t first = c * rows.chunk, end = least(first + rows.chunk, call.columns);
+    Input* x = rows.at(c, into) - first;
     if (call.rounding != kNoRounding && first % span == 0)
       factor = round_span(call, stored + first, least(span, call.columns - first));
     float total = 0;
     for (int64_t block = first; block < end; block += 8)
       for (int i = 0; i < 8; ++i) {
-        x[block + i] = encoded<Input>(stored[block + Weight::kOrder[i]]);
-        total += number(x[block + i]);
+        const Input value = encoded<Input>(stored[block + Weight::kOrder[i]]);
+        total += number(value);
+        x[block + i] = Weight::kScaled ? in_place(value, i) : value;
       }
-    rows.factors[into * rows.chunks + c] = factor;
-    rows.sums[into * rows.chunks + c] = total;
+    rows.factors[c * rows.count + into] = factor;
+    rows.sums[c * rows.count + into] = total;
   }
 }
 
