@@ -27,10 +27,8 @@ def kept(weight, kind, make):
     """make(weight), made once and kept on the weight itself."""
     mine = weight.packed.setdefault("vendor", {})
     if kind not in mine:
-        if not _common.on_host(weight.values) and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the first call with a weight packs it; make that call before the CUDA graph is captured"
-            )
+        if weight.values.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the first call packs the weight; make one before the CUDA graph is captured")
         mine[kind] = make(weight)
     return mine[kind]
 

@@ -59,7 +59,9 @@ def quantized(x, weight, dtype):
         x = x.index_select(1, weight.permutation)
     if scheme.activation is None:
         return _few_rows(x, weight) if _wants_few_rows(x, weight, dtype) else _times(x, codes(weight), dtype)
-    values, scales = rounded(x.float(), DTYPES[scheme.activation], scheme.activation_group, weight.input_scale)
+    values, scales = rounded(
+        x.float().contiguous(), DTYPES[scheme.activation], scheme.activation_group, weight.input_scale
+    )
     if scheme.activation_group:
         spread = scales.repeat_interleave(scheme.activation_group, 1)[:, : values.shape[1]]
         return _times(values.float().mul_(spread), codes(weight), dtype)
@@ -106,9 +108,7 @@ def _eight_bits(values, weight, dtype):
             return _onednn(values, weight).mul_(row_scales)
     elif plain and not _common.on_host(values) and whole and dtype == torch.bfloat16 and _has_fp8(values):
         one = torch.ones((), device=values.device)  # Hopper's FP8 sums are too coarse for wider outputs
-        product = torch._scaled_mm(
-            values.contiguous(), weight.values.contiguous().t(), one, one, out_dtype=torch.float32
-        )
+        product = torch._scaled_mm(values, weight.values.contiguous().t(), one, one, out_dtype=torch.float32)
         return product.mul_(row_scales)
     return _times(values.float(), codes(weight), dtype)
 
