@@ -26,7 +26,7 @@ def compare(
     Args:
         want: the oracle, float64.
         near: the reference in the call's own dtype.
-        original: what a written argument held before; where `near` left it, `got` must have too, bit for bit.
+        original: what a written argument held before; where `want` left it, `got` must have too, bit for bit.
         terms: how many products an output sums.  The error of `near` is one draw from a distribution and may be
             lucky, even zero; it counts as at least what a float32 sum in another order is expected to be off by.
     """
@@ -37,7 +37,8 @@ def compare(
     got, want, near = (_ends(x) for x in (got, want, near))
     if original is not None:
         original = _ends(original)
-        kept, same = ((bits(x) == bits(original)).view(-1, x.dtype.itemsize).all(1) for x in (near, got))
+        pairs = (want, original.to(want.dtype)), (got, original)  # in `near` a small update may round to nothing
+        kept, same = ((bits(x) == bits(o)).view(-1, x.dtype.itemsize).all(1) for x, o in pairs)
         if bool((kept & ~same).any()):
             index = np.unravel_index(int((kept & ~same).int().argmax()), tuple(got.shape))
             complaints.append(f"{name} was written at {tuple(map(int, index))}, which the call does not touch")
