@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 MODE = os.environ.get("LLMKERNELS_BUILD", "auto").lower().replace(" ", "") or "auto"
 NATIVE = ("cpu", "cuda", "hip")
 ARCHS = "80;89;90a;100f;120f+PTX;gfx90a;gfx942;gfx950"  # 80 covers 86, 100f covers 103
+MODULE = f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 COMMON = "-std=c++17 -O3 $includes $flags -MD -MF $out.d -c $in -o $out"
 
 
@@ -145,9 +146,8 @@ class BuildNative(Command):
     def attempt(self, name: str, step: Toolchain | Skip) -> dict[str, Any]:
         """Build one backend; where that fails it is skipped, unless it was asked for by name."""
         folder = f"llmkernels/backends/{name}"
-        for old in self.place(folder).glob("_native*.so"), self.place(folder).glob("*.co"):
-            for path in old:
-                path.unlink()
+        for old in [*self.place(folder).glob(MODULE), *self.place(folder).glob("*.co")]:
+            old.unlink()
         start = time.monotonic()
         try:
             if isinstance(step, Skip):
@@ -211,7 +211,7 @@ def ninja(backend: str, tools: Toolchain) -> list[Path]:
                 f"  flags = {flags(path)}",
                 f"  arch = {arch}",
             ]
-    module = folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = folder / MODULE
     lines += [f"build {escaped(module)}: link {' '.join(objects)}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
