@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from llmkernels import ops as _ops  # noqa: F401  declares them
 from llmkernels import registry, status
 from llmkernels.bench import peers as others
@@ -87,6 +89,11 @@ def measure(
     budget = QUICK_BUDGET if quick else BUDGET
     for subject in calls:
         times: dict[str, tuple[float, float, float]] = {}
+        try:
+            _ = subject.oracle, subject.near
+        except torch.OutOfMemoryError as error:  # attention in float64 takes room for every pair
+            yield NotTimed(subject.contract.name, REFERENCE, subject.dtype, subject.case, _raised(error))
+            continue
         for name in [backend] if backend else candidates(subject.contract.name):
             told = _time(subject, name, budget)
             if isinstance(told, str):

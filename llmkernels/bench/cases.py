@@ -147,7 +147,7 @@ BENCH: dict[str, list[Timed]] = {
         _prefill(1, 1024),
         _prefill(1, 256, cached=2048),
         _prefill(4, 4096, cpu=False),
-        _prefill(1, 16384, cpu=False),
+        _prefill(1, 8192, cpu=False),
         _prefill(8, 5, cached=2048),
         _prefill(1, 1024, window=(256, 0)),
     ],

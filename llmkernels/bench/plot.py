@@ -23,7 +23,7 @@ FASTER, SLOWER = "#2a9d5c", "#c96a4f"
 PANEL = (12.5, 6.6)  # inches
 HEAD, FOOT = 1.6, 0.75  # inches above and below the panels
 LEFT, RIGHT = 0.075, 0.985  # of the width
-ROOM, NUDGE = 15, 17  # pixels between the middles of two points: along a stem, and sideways
+ROOM, NUDGE, STEPS = 15, 15, 10  # pixels between the middles of two points: along a stem, sideways, how often
 OFFSETS = (  # where a label may stand: points to the right and up, which of its sides is there, degrees it is turned
     *((8, 0, "left", "center", 0), (-8, 0, "right", "center", 0), (0, 9, "center", "bottom", 0)),
     *((0, -9, "center", "top", 0), (7, 7, "left", "bottom", 0), (7, -7, "left", "top", 0)),
@@ -98,10 +98,10 @@ def _panel(panel: "Axes", rows: list[Row], dtype: str, ceilings: Ceilings, color
     )
     tips = [row["operations"] / min([row["seconds"], *row["peers"].values()]) for row in rows]
     feet = [row["operations"] / max(row["seconds"], min(row["peers"].values(), default=0)) for row in rows]
-    points = _spread(panel, intensity, reached, feet, tips)
+    points = _spread(panel, ceilings.bytes_per_second, intensity, reached, feet, tips)
     for row, (x, y) in zip(rows, points, strict=True):
         _point(panel, row, x, y, colors[row["backend"]])
-    _labels(panel, rows, points, marks, len(ops) > 1)
+    _labels(panel, rows, points, marks, ceilings.bytes_per_second)
 
 
 def _grid(panel: "Axes") -> None:
@@ -145,19 +145,22 @@ def _roofs(panel: "Axes", roofs: Sequence[str], ceilings: Ceilings) -> list[Any]
     return [*texts, panel.annotate(slope, (at, speed * at), (0, 5), **turned, **place)]
 
 
-def _spread(panel: "Axes", *numbers: Sequence[float]) -> list[tuple[float, float]]:
-    """The points, nudged sideways where they or their stems would hide each other.  numbers: x, y, foot and tip."""
-    xs, ys, feet, tips = numbers
+def _spread(panel: "Axes", speed: float, *numbers: Sequence[float]) -> list[tuple[float, float]]:
+    """The points, nudged sideways where they or their stems would hide each other, never through the roof.
+
+    numbers: x, y, foot and tip of each.
+    """
     placed: list[tuple[float, float, float]] = []
     found = []
-    for x, y, foot, tip in zip(xs, ys, feet, tips, strict=True):
+    for x, y, foot, tip in zip(*numbers, strict=True):
         (middle, height), (_, low), (_, high) = panel.transData.transform([(x, y), (x, foot), (x, tip)])
-        for step in sorted(range(-14, 15), key=abs):
+        for step in sorted(range(-STEPS, STEPS + 1), key=abs):
             here = middle + step * NUDGE
-            if all(
-                abs(here - a) > 0.9 * NUDGE or low - ROOM > top or high + ROOM < bottom for a, bottom, top in placed
-            ):
+            under = tip <= speed * panel.transData.inverted().transform((here, 0))[0] or step >= 0
+            if under and all(abs(here - x) > 0.9 * NUDGE or low - ROOM > b or high + ROOM < a for x, a, b in placed):
                 break
+        else:
+            here = middle
         placed.append((here, low, high))
         found.append((here, height))
     return [tuple(point) for point in panel.transData.inverted().transform(found)]
@@ -173,7 +176,11 @@ def _point(panel: "Axes", row: Row, x: float, y: float, color: str) -> None:
 
 
 def _labels(
-    panel: "Axes", rows: Sequence[Row], points: Sequence[tuple[float, float]], marks: Sequence[Any], with_op: bool
+    panel: "Axes",
+    rows: Sequence[Row],
+    points: Sequence[tuple[float, float]],
+    marks: Sequence[Any],
+    speed: float,
 ) -> None:
     """As many names as fit without covering a point or one another; what stands alone comes first."""
     import numpy as np
@@ -185,8 +192,12 @@ def _labels(
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in pixels]
     taken += [_stem(panel, row, point) for row, point in zip(rows, points, strict=True) if row["peers"]]
     taken += [mark.get_window_extent(renderer) for mark in marks]
+    left, right = panel.get_xlim()
+    slope = [(x, speed * x) for x in np.geomspace(left, right, 300)]
+    taken += [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in panel.transData.transform(slope)]
     frame = panel.get_window_extent()
     crowd = [np.sort(np.hypot(*(pixels - here).T))[1:4].sum() for here in pixels]
+    with_op = len({row["op"] for row in rows}) > 1
     for index in sorted(range(len(rows)), key=lambda i: -crowd[i]):
         case = rows[index]["case"].replace("->", "→")
         text = f"{rows[index]['op']}  {case}" if with_op else case
