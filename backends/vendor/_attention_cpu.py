@@ -3,20 +3,24 @@
 Where the time goes, and so the shape of this file:
 - the flash kernel wants the queries that share a KV head as rows of one matrix (decode: [seqs, kv_heads, group, dim]);
 - what was gathered should still be in the cache when it is read: long decode goes in tiles, merged by their lse;
+- memory fresh from the system costs more than the gather itself: what is gathered goes into a scratch buffer;
 - each call of a torch op costs microseconds: short sequences decode together, padded.
 Only keys that some query sees are gathered, so that what other slots hold never matters.
 """
 
+import threading
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 TILE_BYTES = 4 << 20  # of keys and values in one flash call of a decode
+SCRATCH_BYTES = 1 << 18, 4 << 20  # of a gather: below, the allocator needs nothing fresh; above, it is a long prefill
 QUERIES = 256  # of a prefill that share one mask
 SCORES = 1 << 22  # elements of a bias or score matrix that differs from head to head
 
 _flash_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_scratch = threading.local()  # keys and values, bytes[SCRATCH_BYTES[1]] each
 
 
 class Pages(NamedTuple):
@@ -43,7 +47,8 @@ class Pages(NamedTuple):
         """Keys and values first to last of a sequence, each [1, kv_heads, last - first, width]."""
         size = self.keys.shape[1]
         pages, start = self.table[seq, first // size : -(-last // size)], first % size
-        return self._both(lambda cache: _rows(cache, pages)[:, start : start + last - first].to(self.dtype))
+        rows = slice(start, start + last - first)
+        return self._both(lambda cache, name: _rows(cache, pages, name)[:, rows].to(self.dtype))
 
     def gather_padded(self, seqs, firsts, lasts):
         """The same for several sequences at once, each from the start of its first page.
@@ -63,15 +68,15 @@ class Pages(NamedTuple):
         real = (position >= firsts) & (position < lasts)
         junk = (~real).flatten().nonzero().flatten()
 
-        def rows(cache):
-            return _rows(cache, pages).to(self.dtype).index_fill_(1, junk, 0).view(*position.shape, *cache.shape[2:])
+        def rows(cache, name):
+            picked = _rows(cache, pages, name).to(self.dtype).index_fill_(1, junk, 0)
+            return picked.view(*position.shape, *cache.shape[2:])
 
         return self._both(rows), position, real
 
     def _both(self, rows):
-        caches = (self.keys,) if self.shared else (self.keys, self.values)
-        picked = [_widened(rows(cache), self.width).transpose(1, 2) for cache in caches]
-        return picked[0], picked[-1]
+        k = _widened(rows(self.keys, "keys"), self.width).transpose(1, 2)
+        return k, k if self.shared else _widened(rows(self.values, "values"), self.width).transpose(1, 2)
 
 
 def attend(q, cache, options):
@@ -210,9 +215,20 @@ def _tree(words, old, new):
     return pad(seen.bool(), (old, 0), value=True)
 
 
-def _rows(cache, pages):
-    """The slots of these pages, one after the other: [1, slots, kv_heads, width], contiguous."""
-    return cache.index_select(0, pages).view(1, -1, *cache.shape[2:])
+def _rows(cache, pages, name):
+    """The slots of these pages, one after the other: [1, slots, kv_heads, width], contiguous, good until the next call."""
+    shape = (pages.numel(), *cache.shape[1:])
+    size = cache[0].numel() * pages.numel() * cache.element_size()
+    least, most = SCRATCH_BYTES
+    if least <= size <= most:
+        if not hasattr(_scratch, name):
+            with torch.inference_mode(False):  # or it could be written in that mode only
+                setattr(_scratch, name, torch.empty(most, dtype=torch.uint8))
+        picked = getattr(_scratch, name)[:size].view(cache.dtype).view(shape)
+        torch.index_select(cache, 0, pages, out=picked)
+    else:
+        picked = cache.index_select(0, pages)
+    return picked.view(1, -1, *cache.shape[2:])
 
 
 def _widened(rows, width):

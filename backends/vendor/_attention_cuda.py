@@ -129,7 +129,7 @@ def _products(q, gathered, starts, queries, options):
     distance = gathered.position[:, None] - (old[:, None] + row)[:, :, None]  # [seqs, queries, keys]
     seen = _seen(gathered, distance, options)
     if options.tree_mask is not None:
-        seen &= _tree(options.tree_mask[token], gathered.position - old[:, None])
+        seen &= _tree(options.tree_mask.view(torch.int32)[token], gathered.position - old[:, None])
     grouped = q[token].float().unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     k, v = gathered.k.permute(0, 2, 3, 1), gathered.v.transpose(1, 2)
     scores = torch.matmul(grouped.flatten(2, 3), k).mul_(options.scale)
@@ -162,5 +162,5 @@ def _tree(words, guess):
     """words [seqs, queries, words], and which new token each key is [seqs, keys], negative for the older ones."""
     at = guess.clamp(min=0)
     word = torch.div(at, 32, rounding_mode="floor").clamp(max=words.shape[2] - 1)
-    words = words.view(torch.int32).gather(2, word[:, None].expand(-1, words.shape[1], -1))
+    words = words.gather(2, word[:, None].expand(-1, words.shape[1], -1))
     return ((words >> (at % 32).int()[:, None]) & 1).bool() | (guess < 0)[:, None]

@@ -58,6 +58,11 @@ def _normed(s, norm, weight, bias, eps):
     s, weight, bias = (None if x is None else x.float() for x in (s, weight, bias))
     if norm == "rms":
         return functional.rms_norm(s, s.shape[-1:], weight, eps)
+    if s.is_cuda:  # torch's kernel there loses digits where the mean is far from zero
+        s = s - s.mean(-1, keepdim=True)
+        s = s * torch.rsqrt((s * s).mean(-1, keepdim=True) + eps)
+        s = s if weight is None else s * weight
+        return s if bias is None else s + bias
     return functional.layer_norm(s, s.shape[-1:], weight, bias, eps)
 
 
