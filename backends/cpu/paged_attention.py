@@ -20,23 +20,25 @@ def run(
     pages, page_size, kv_heads, v_dim = v_cache.shape
     out = torch.empty((tokens, heads, v_dim), dtype=q.dtype)
     lse = torch.empty((tokens, heads), dtype=torch.float32) if return_lse else None
-    q, block_table = channels(q), channels(block_table)
-    per_head = any(s is not None and s.numel() > 1 for s in (k_scale, v_scale))
-    if per_head:  # one value for all heads and one for each, as one kind
-        k_scale, v_scale = (s if s is None else s.expand(kv_heads) for s in (k_scale, v_scale))
-    # Named, so that copies outlive the call.
-    lengths, starts, *floats = map(_dense, (seq_lens, cu_seqlens_q, sinks, alibi_slopes, k_scale, v_scale, tree_mask))
+    per_head = False
+    if k_scale is not None or v_scale is not None:
+        per_head = any(scale is not None and scale.numel() > 1 for scale in (k_scale, v_scale))
+        if per_head:  # where one is per head and the other is not, both are
+            k_scale, v_scale = (scale if scale is None else scale.expand(kv_heads) for scale in (k_scale, v_scale))
+    # Named here, so that copies live as long as the call.
+    q, block_table, lengths, starts = map(channels, (q, block_table, seq_lens, cu_seqlens_q))
+    rare = sinks, alibi_slopes, k_scale, v_scale, tree_mask
+    rare = [x if x is None else x.contiguous() for x in rare]
+    q_token, q_head, _ = q.stride()
+    k_page, k_slot, k_head, _ = k_cache.stride()
+    v_page, v_slot, v_head, _ = v_cache.stride()
     _native.paged_attention(
-        DTYPES[q.dtype], DTYPES[k_cache.dtype], q.data_ptr(), *q.stride()[:2],
-        k_cache.data_ptr(), *k_cache.stride()[:3], v_cache.data_ptr(), *v_cache.stride()[:3],
-        pages, page_size, kv_heads, heads // kv_heads, dim, v_dim, tokens, len(lengths),
+        DTYPES[q.dtype], DTYPES[k_cache.dtype], q.data_ptr(), q_token, q_head,
+        k_cache.data_ptr(), k_page, k_slot, k_head, v_cache.data_ptr(), v_page, v_slot, v_head,
+        pages, page_size, kv_heads, heads // kv_heads, dim, v_dim, tokens, lengths.shape[0],
         block_table.data_ptr(), block_table.stride(0), block_table.shape[1], lengths.data_ptr(), starts.data_ptr(),
-        dim**-0.5 if scale is None else scale, causal, *window, soft_cap, *map(pointer, floats[:4]), per_head,
-        pointer(floats[4]), 0 if tree_mask is None else tree_mask.shape[1],
+        dim**-0.5 if scale is None else scale, causal, window[0], window[1], soft_cap,
+        *map(pointer, rare[:4]), per_head, pointer(rare[4]), 0 if tree_mask is None else tree_mask.shape[1],
         out.data_ptr(), pointer(lse), torch.get_num_threads(),
     )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def _dense(x):
-    return x if x is None or x.is_contiguous() else x.contiguous()

@@ -25,16 +25,29 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 LLMKERNELS_INLINE Floats zeros() { return broadcast(0.0f); }
 
-LLMKERNELS_INLINE void store(e4m3* to, Floats x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int i = 0; i < kLanes; ++i) to[i] = narrow<e4m3>(lanes[i]);
+// The bits of each lane, as the compiler's own vector, and one byte for each lane.
+typedef uint32_t LaneBits __attribute__((vector_size(sizeof(Floats))));
+typedef uint8_t LaneBytes __attribute__((vector_size(kLanes)));
+
+// narrowed() of types.h for all lanes at once, saturated, with the sign: for formats of 8 bits.
+template <int kMantissa, int kBias, uint32_t kLargest>
+LLMKERNELS_INLINE void store_float8(uint8_t* to, Floats x) {
+  constexpr int kShift = 23 - kMantissa;
+  constexpr uint32_t kSmallest = uint32_t(128 - kBias) << 23, kUnit = uint32_t(128 - kBias + kShift) << 23;
+  const LaneBits bits = bit_cast<LaneBits>(x), magnitude = bits & 0x7fffffffu;
+  const LaneBits subnormal = bit_cast<LaneBits>(bit_cast<Floats>(magnitude) + broadcast(bit_cast<float>(kUnit))) - kUnit;
+  const LaneBits half = ((magnitude >> kShift) & 1u) + ((1u << (kShift - 1)) - 1);
+  const LaneBits normal = ((magnitude + half) >> kShift) - (uint32_t(127 - kBias) << kMantissa);
+  const LaneBits is_subnormal = bit_cast<LaneBits>(magnitude < kSmallest);
+  LaneBits rounded = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  const LaneBits fits = bit_cast<LaneBits>(rounded < kLargest), nan = bit_cast<LaneBits>(magnitude > 0x7f800000u);
+  rounded = (rounded & fits) | (kLargest & ~fits);
+  const LaneBits word = (rounded & ~nan) | (0x7fu & nan) | ((bits >> 24) & 0x80u);
+  const LaneBytes bytes = __builtin_convertvector(word, LaneBytes);
+  std::memcpy(to, &bytes, sizeof(bytes));
 }
-LLMKERNELS_INLINE void store(e5m2* to, Floats x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int i = 0; i < kLanes; ++i) to[i] = narrow<e5m2>(lanes[i]);
-}
+LLMKERNELS_INLINE void store(e4m3* to, Floats x) { store_float8<3, 7, 0x7e>(&to->bits, x); }
+LLMKERNELS_INLINE void store(e5m2* to, Floats x) { store_float8<2, 15, 0x7b>(&to->bits, x); }
 
 // The first n lanes from memory, zero in the others.
 template <class T>
