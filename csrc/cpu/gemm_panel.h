@@ -255,10 +255,12 @@ template <class Source>
 void multiply_chunk(const Source& source, const typename Source::Input* x, int64_t x_stride, int rows, int64_t columns,
                     const Scaling& scaling, float* totals, uint8_t* scratch) {
   constexpr int kFew = 4, kMany = 6;
+  // Rows that share what was decoded.  Codes in place are so cheap that, of 16 registers, more vectors serve better.
+  constexpr int kDecoding = kRegisters == 16 && __is_same(Source, Int4Scaled) ? 2 : 4;
   constexpr bool kLazy = Source::kLazy, kIntegers = __is_same(typename Source::Sum, Words);
   const int64_t steps = columns / (Source::kParts * Source::kColumns);
   if (kIntegers || rows <= kFew) {
-    multiply_most<kFew, kLazy>(source, x, x_stride, rows, steps, scaling, totals);
+    multiply_most<kDecoding, kLazy>(source, x, x_stride, rows, steps, scaling, totals);
   } else if constexpr (!kIntegers) {
     decode(source, steps, scratch);
     const auto panel = panel_of(source.part(0, 0, 0), scratch);
