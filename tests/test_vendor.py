@@ -197,3 +197,15 @@ def test_long_decode_in_tiles_is_one_attention(length, rng, monkeypatch):
         out, lse = run(q, k, v, table, lengths, starts, return_lse=True)
         torch.testing.assert_close(out, torch.cat([x for x, _ in alone]))
         torch.testing.assert_close(lse, torch.cat([x for _, x in alone]))
+
+
+def test_the_scratch_buffer_serves_every_mode(rng):
+    """Made in inference mode, it must be writable outside, and one call must not show through in the next."""
+    run = implementation("vendor", "paged_attention").run
+    k, v = (torch.randn(64, 16, 8, 32, generator=rng) for _ in "kv")  # a gather of 1 MB
+    q, lengths, starts = torch.randn(1, 8, 32, generator=rng), torch.tensor([1024]).int(), torch.tensor([0, 1]).int()
+    orders = [torch.randperm(64, generator=rng)[None].int() for _ in range(2)]
+    with torch.inference_mode():
+        first = [run(q, k, v, order, lengths, starts) for order in orders]
+    again = [run(q, k, v, order, lengths, starts) for order in orders]
+    torch.testing.assert_close(first, again, rtol=0, atol=0)

@@ -216,7 +216,7 @@ def _tree(words, old, new):
 
 
 def _rows(cache, pages, name):
-    """The slots of these pages, one after the other: [1, slots, kv_heads, width], contiguous, good until the next call."""
+    """The slots of these pages in order, [1, slots, kv_heads, width], contiguous; good until the next call."""
     shape = (pages.numel(), *cache.shape[1:])
     size = cache[0].numel() * pages.numel() * cache.element_size()
     least, most = SCRATCH_BYTES
