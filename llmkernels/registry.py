@@ -242,7 +242,8 @@ def describe(value: Any) -> str:
     """An argument in a line: 'bfloat16 (7, 64) on cpu', or its repr."""
     if not is_array(value):
         return repr(value)
-    text = f"{dtype_name(value)} {tuple(value.shape)} on {getattr(value, 'device', 'cpu')}"
+    kind = f"{value.scheme} weight" if hasattr(value, "scheme") else dtype_name(value)
+    text = f"{kind} {tuple(value.shape)} on {getattr(value, 'device', 'cpu')}"
     if hasattr(value, "is_contiguous") and not value.is_contiguous():
         text += f" strides {tuple(value.stride())}"
     return text
