@@ -123,8 +123,8 @@ Status multiply(const GemmCall& call) {
   return kOk;
 }
 
-// bfloat16 products, where the processor has them, lose nothing: codes are exact in bfloat16, and x is bfloat16 or rounded to
-// fewer bits.  (Of a normalised bfloat16 x, the norm is rounded once to bfloat16.)  All others are float32.
+// bfloat16 products, where the processor has them, lose nothing: codes are exact in bfloat16, and x is bfloat16 or
+// rounded to fewer bits.  (Of a normalised bfloat16 x, the norm is rounded once to bfloat16.)  All others are float32.
 template <class T>
 Status multiply_as_stored(const GemmCall& call) {
 #if defined(__AVX512BF16__)

@@ -202,7 +202,8 @@ LLMKERNELS_INLINE Floats load_codes(const e4m3* from) {
 LLMKERNELS_INLINE Floats load_codes(const e4m3* from) { return load(from) * broadcast(1.0f / 256); }
 #endif
 
-// Rounds |x| <= 448 to the numbers of e4m3, ties to even: adding 1.5 * 2^20 times the power of two below x leaves four bits.
+// Rounds |x| <= 448 to the numbers of e4m3, ties to even: adding 1.5 * 2^20 times the power of two below x leaves
+// four bits.
 LLMKERNELS_INLINE Floats round_e4m3(Floats x) {
   const Floats large = max(broadcast(0x1p-6f), power_below(x)) * broadcast(0x1.8p20f);
   return x + large - large;

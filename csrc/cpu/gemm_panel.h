@@ -58,7 +58,8 @@ struct Int4Floats : StoredWords {
   }
 };
 
-// int4 with x of 16 bits: codes stay where they are in their half of a word, 16^i times too large, and x is as much smaller.
+// int4 with x of 16 bits: codes stay where they are in their half of a word, 16^i times too large, and x is as much
+// smaller.
 struct Int4Scaled : StoredWords {
   using Input = float;
   using Sum = Floats;
