@@ -48,6 +48,7 @@ LLMKERNELS_INLINE auto load_block(const T* from) {
 template <class T>
 struct Padded {
   T elements[kTwoLanes] = {};
+  Padded() = default;
   LLMKERNELS_INLINE Padded(const T* from, int64_t n) { std::memcpy(elements, from, n * sizeof(T)); }
 };
 
@@ -156,7 +157,7 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
       if constexpr (std::is_same_v<T, Q>) {
         queries[r * blocks + b] = load_block<kPaired>(Padded<Q>(static_cast<const Q*>(call.q) + at, n).elements);
       } else {
-        Padded<float> plain(nullptr, 0);
+        Padded<float> plain;
         with_float(call.q_dtype, [&](auto element) {
           for (int64_t i = 0; i < n; ++i) plain.elements[i] = widen(static_cast<const decltype(element)*>(call.q)[at + i]);
           return kOk;
