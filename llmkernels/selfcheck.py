@@ -20,7 +20,7 @@ NAME = "selfcheck"
 
 
 def verdict(op: Any, backend: str, call: Mapping[str, Any]) -> list[Refusal]:
-    """Empty if `backend` answered some of the op's cases of this dtype rightly on this device; else a PARITY refusal."""
+    """Empty if `backend` answered a few of the op's cases rightly on this device; else a PARITY refusal."""
     array = next(value for value in call.values() if is_array(value))
     device = str(getattr(array, "device", "cpu"))
     return _verdict(op, backend, dtype_name(array), "cpu" if device.lower().startswith(("cpu", "tfrt_cpu")) else device)
