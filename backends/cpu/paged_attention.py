@@ -27,8 +27,7 @@ def run(
             k_scale, v_scale = (scale if scale is None else scale.expand(kv_heads) for scale in (k_scale, v_scale))
     # Named here, so that copies live as long as the call.
     q, block_table, lengths, starts = map(channels, (q, block_table, seq_lens, cu_seqlens_q))
-    rare = sinks, alibi_slopes, k_scale, v_scale, tree_mask
-    rare = [x if x is None else x.contiguous() for x in rare]
+    rare = [x if x is None else x.contiguous() for x in (sinks, alibi_slopes, k_scale, v_scale, tree_mask)]
     q_token, q_head, _ = q.stride()
     k_page, k_slot, k_head, _ = k_cache.stride()
     v_page, v_slot, v_head, _ = v_cache.stride()
