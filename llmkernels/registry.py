@@ -156,13 +156,16 @@ class Op:
         return Explanation(self.name, {k: describe(v) for k, v in call.items()}, tuple(candidates), chosen)
 
     def bind(self, *args: Any, backend: str | None = None, **options: Any) -> Callable:
-        """The function that answers this call, for hot loops.
+        """The implementation that answers this call, with the call's options bound to it, for hot loops.
 
-        Hold on to it while shapes, dtypes, layouts and options stay the same: it neither checks nor counts again.
+        Call it with the arrays, again and again, while shapes, dtypes and layouts stay the same: it neither checks nor
+        counts again.  Arrays that are passed by name are passed by name there too.
         """
-        choice = self.choose(self.contract.bind(*args, **options), backend)
+        call = self.contract.bind(*args, **options)
+        choice = self.choose(call, backend)
         ledger.tally(self.name, choice.backend, "bound").calls += 1
-        return choice.run
+        named = [p.name for p in self.contract.signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        return functools.partial(choice.run, **{name: call[name] for name in named if not is_array(call[name])})
 
     def _asked(self, backend: str | None, settings: Settings) -> tuple[str | None, str]:
         """The backend somebody named, and who did."""
@@ -234,7 +237,7 @@ def explain(op: str | Callable, *args: Any, **options: Any) -> Explanation:
 
 
 def bind(op: str | Callable, *args: Any, **options: Any) -> Callable:
-    """The function that answers op(*args, **options); call it in a hot loop with arguments of the same kind."""
+    """The implementation that answers op(*args, **options), its options bound: call it with arrays of the same kind."""
     return get(op if isinstance(op, str) else op.__name__).bind(*args, **options)
 
 

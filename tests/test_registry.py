@@ -162,10 +162,12 @@ def test_traits_are_required(plug_in):
         llmkernels.rms_norm(X, W, backend="fake")
 
 
-def test_bind_is_run_itself(plug_in):
+def test_bind_is_run_with_the_options_of_the_call(plug_in):
     plug_in(answer_seven)
-    assert llmkernels.bind(llmkernels.rms_norm, X, W) is answer_seven
-    assert llmkernels.bind("rms_norm", X, W) is answer_seven
+    assert llmkernels.bind(llmkernels.rms_norm, X, W).func is answer_seven
+    bound = llmkernels.bind("rms_norm", X, W, residual=X, eps=1e-3)
+    assert bound.keywords == {"eps": 1e-3}  # arrays come with each call
+    assert (bound(X, W, residual=X) == 7).all()
 
 
 # what is remembered
