@@ -1,12 +1,12 @@
 // A unit of few queries over at most kSplit keys: decode, bound by how fast keys and values come from memory.
 //
-//                     keys ->
-//            +--+--+--+--+--+--+            Pass 1: a tile of R rows x kLanes / R keys is kLanes dot products, kept as one
-//   rows  R  |  |  |  |  |  |  |            vector each and added up across lanes together.  A key is loaded once for R
-//            +--+--+--+--+--+--+            rows.  Pass 2: the softmax of each row.  Pass 3: kTile values at a time, R rows
-//                                           x C vectors of sums stay in registers.
+//             keys ->
+//         +--+--+--+--+--+     Pass 1: a tile of R rows x kLanes / R keys is kLanes dot products, each kept as a vector
+//   rows R|  |  |  |  |  |     and added up across lanes with the others.  A key is loaded once for R rows.
+//         +--+--+--+--+--+     Pass 2: the softmax of each row.
+//                              Pass 3: kTile values at a time, the sums of R rows x C vectors stay in registers.
 //
-// Meanwhile the keys, then the values, kRowsAhead rows further on are fetched: pages lie anywhere, no processor guesses them.
+// Meanwhile the keys, then the values, kRowsAhead rows further on are fetched: no processor guesses where pages lie.
 #pragma once
 #include <type_traits>
 
@@ -79,7 +79,7 @@ LLMKERNELS_INLINE void score_tile(const Query* queries, const T* const* keys, in
   for (int r = 0; r < R; ++r) std::memcpy(scores + r * kSplit, products + r * kKeys, kKeys * sizeof(float));
 }
 
-// sums[r, :] += weights[r * kSplit + j] * values[j][:] for R rows, `count` values and C blocks of columns from `column` on.
+// sums[r, :] += weights[r * kSplit + j] * values[j][:] for R rows, `count` values, C blocks of columns from `column`.
 template <int R, int C, class T>
 LLMKERNELS_INLINE void value_tile(const float* weights, const T* const* values, int64_t count, int64_t column,
                                   int64_t columns, float* sums, int64_t stride) {
@@ -159,7 +159,8 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Par
       } else {
         Padded<float> plain;
         with_float(call.q_dtype, [&](auto element) {
-          for (int64_t i = 0; i < n; ++i) plain.elements[i] = widen(static_cast<const decltype(element)*>(call.q)[at + i]);
+          const auto* from = static_cast<const decltype(element)*>(call.q) + at;
+          for (int64_t i = 0; i < n; ++i) plain.elements[i] = widen(from[i]);
           return kOk;
         });
         queries[r * blocks + b] = load_block<kPaired>(plain.elements);

@@ -2,7 +2,7 @@
 //
 //            dim              kTileKeys            v_dim
 //         +---------+         +------+          +---------+
-//   rows  |    Q    | x K^T = |  S   | -> P x V |    O    |      each row of O is first scaled by exp(old largest - new)
+//   rows  |    Q    | x K^T = |  S   | -> P x V |    O    |      a row of O is first scaled by exp(old top - new top)
 //         +---------+         +------+          +---------+
 //
 // Queries, keys and values are repacked as cells (tile.h): float32, or pairs of bfloat16 where the processor multiplies

@@ -74,7 +74,8 @@ inline void join(const Partial& part, int64_t rows, int64_t width, Partial joine
     joined.total[r] = old_share * joined.total[r] + new_share * part.total[r];
     for (int64_t i = 0; i < width; i += kLanes) {
       float* sums = joined.values + r * joined.stride + i;
-      store(sums, fma(load(part.values + r * part.stride + i), broadcast(new_share), load(sums) * broadcast(old_share)));
+      const Floats added = load(part.values + r * part.stride + i) * broadcast(new_share);
+      store(sums, fma(load(sums), broadcast(old_share), added));
     }
   }
 }
@@ -138,15 +139,15 @@ Status attend(const AttentionCall& call, int threads) {
   return kOk;
 }
 
-Status paged_attention(int q_dtype, int cache_dtype, const void* q, int64_t q_token, int64_t q_head, const void* k_cache,
-                       int64_t k_page, int64_t k_slot, int64_t k_head, const void* v_cache, int64_t v_page,
-                       int64_t v_slot, int64_t v_head, int64_t pages, int64_t page_size, int64_t kv_heads,
-                       int64_t group, int64_t dim, int64_t v_dim, int64_t tokens, int64_t seqs,
+Status paged_attention(int q_dtype, int cache_dtype, const void* q, int64_t q_token, int64_t q_head,
+                       const void* k_cache, int64_t k_page, int64_t k_slot, int64_t k_head, const void* v_cache,
+                       int64_t v_page, int64_t v_slot, int64_t v_head, int64_t pages, int64_t page_size,
+                       int64_t kv_heads, int64_t group, int64_t dim, int64_t v_dim, int64_t tokens, int64_t seqs,
                        const void* block_table, int64_t table_stride, int64_t max_pages, const void* seq_lens,
-                       const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right, float soft_cap,
-                       const void* sinks, const void* alibi_slopes, const void* k_scale, const void* v_scale,
-                       bool scale_per_head, const void* tree_mask, int64_t tree_words, void* out, void* lse,
-                       int threads) {
+                       const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right,
+                       float soft_cap, const void* sinks, const void* alibi_slopes, const void* k_scale,
+                       const void* v_scale, bool scale_per_head, const void* tree_mask, int64_t tree_words, void* out,
+                       void* lse, int threads) {
   const AttentionCall call{q_dtype, cache_dtype, q, q_token, q_head, k_cache, v_cache, k_page, k_slot, k_head, v_page,
                            v_slot, v_head, pages, page_size, kv_heads, group, dim, v_dim, tokens, seqs,
                            static_cast<const int32_t*>(block_table), table_stride, max_pages,

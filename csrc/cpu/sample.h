@@ -1,5 +1,5 @@
-// Draws a token from each row of logits.  Nothing is sorted: the boundaries of top-k and top-p are found by three passes
-// of a radix descent over the scores, as histograms of counts or of probability.
+// Draws a token from each row of logits.  Nothing is sorted: the boundaries of top-k and top-p are found by three
+// passes of a radix descent over the scores, as histograms of counts or of probability.
 #pragma once
 #include <math.h>
 

@@ -1,14 +1,14 @@
 // Vectors of float32, and every other element type as it is loaded into them and stored from them.
 //
-// An instruction set brings simd_<isa>.h; what can be written over those few functions is here.  `Floats` is a vector type
-// of the compiler, so + - * / and unary minus are its operators.
+// An instruction set brings simd_<isa>.h; what can be written over its few functions is here.  `Floats` is a vector
+// type of the compiler, so + - * / and unary minus are its operators.
 //   kLanes                        floats in a vector: 16, 8, 4
 //   broadcast(x) load(p) store(p, v)     p of any element type of types.h
 //   fma(a, b, c) max min round    max(a, b) and min(a, b) are b where either is NaN
 //   less(a, b, x, y)              a < b ? x : y
 //   power_of_two(n)               2^n for whole n from -126 to 127
 //   sum(v) largest(v) sums(v[kLanes])    of all lanes; sums gives lane i the sum of v[i]
-//   Pairs                         2 * kLanes bfloat16, two in each lane: load_pairs, broadcast_pair, even, odd, interleave
+//   Pairs                         2 * kLanes bfloat16, two a lane: load_pairs, broadcast_pair, even, odd, interleave
 //   dot(a, b, c)                  c + a . b, a pair at a time, of Pairs; one instruction where kPairDot says so
 #pragma once
 #include "cpu/types.h"
@@ -35,7 +35,8 @@ LLMKERNELS_INLINE void store_float8(uint8_t* to, Floats x) {
   constexpr int kShift = 23 - kMantissa;
   constexpr uint32_t kSmallest = uint32_t(128 - kBias) << 23, kUnit = uint32_t(128 - kBias + kShift) << 23;
   const LaneBits bits = bit_cast<LaneBits>(x), magnitude = bits & 0x7fffffffu;
-  const LaneBits subnormal = bit_cast<LaneBits>(bit_cast<Floats>(magnitude) + broadcast(bit_cast<float>(kUnit))) - kUnit;
+  const Floats shifted = bit_cast<Floats>(magnitude) + broadcast(bit_cast<float>(kUnit));
+  const LaneBits subnormal = bit_cast<LaneBits>(shifted) - kUnit;
   const LaneBits half = ((magnitude >> kShift) & 1u) + ((1u << (kShift - 1)) - 1);
   const LaneBits normal = ((magnitude + half) >> kShift) - (uint32_t(127 - kBias) << kMantissa);
   const LaneBits is_subnormal = bit_cast<LaneBits>(magnitude < kSmallest);

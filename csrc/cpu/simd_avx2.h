@@ -44,7 +44,8 @@ LLMKERNELS_INLINE Floats load(const e4m3* from) {  // as float16, whose exponent
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   const __m128i words = _mm_cvtepi8_epi16(bytes), magnitude = _mm_and_si128(words, _mm_set1_epi16(0x7f));
   const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
-  const __m128i half = _mm_or_si128(_mm_and_si128(words, _mm_set1_epi16(int16_t(0x8000))), _mm_slli_epi16(magnitude, 7));
+  const __m128i sign = _mm_and_si128(words, _mm_set1_epi16(int16_t(0x8000)));
+  const __m128i half = _mm_or_si128(sign, _mm_slli_epi16(magnitude, 7));
   return _mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)))) * broadcast(256.0f);
 }
 

@@ -1,11 +1,11 @@
 // What the native module offers: a table of kernels, one table for each instruction set.
 //
-// Every kernel takes raw pointers, sizes and strides (in elements), and returns a Status.  Python checked the call: shapes
-// and dtypes agree, arrays are on the CPU, and what a kernel calls unit stride has it.  Pointers may be null only where
+// Every kernel takes raw pointers, sizes and strides (in elements), and returns a Status.  Python checked the call:
+// shapes and dtypes agree, arrays are on the CPU, and what a kernel calls unit stride has it.  Pointers may be null only where
 // a comment says so.  To add a kernel:
 //   1. its signature here;
 //   2. <op>.h, which defines it in the namespace llmkernels::LLMKERNELS_ISA, over simd.h;
-//   3. #include "cpu/<op>.h" and `table.<op> = <op>;` in kernels.h, which each isa_*.cpp compiles with flags of its own;
+//   3. #include "cpu/<op>.h" and `table.<op> = <op>;` in kernels.h, which each isa_*.cpp compiles with its flags;
 //   4. kernel(module, "<op>", &Table::<op>); in bind.cpp.
 #pragma once
 #include <cstdint>
@@ -50,14 +50,15 @@ struct Table {
                       int64_t b_adapter, int64_t b_output, int64_t b_rank, const void* adapters, const void* scales,
                       int64_t rows, int64_t columns, int64_t outputs, int64_t rank, int64_t count, int threads);
 
-  // y[rows hidden] = weight[hidden] * s / sqrt(mean(s^2) + eps), s = x + residual; residual and residual_out may be null.
+  // y[rows hidden] = weight[hidden] * s / sqrt(mean(s^2) + eps), s = x + residual; residual and residual_out may be
+  // null.
   // y and residual_out are contiguous.
   Status (*rms_norm)(int dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
                      const void* weight, void* y, void* residual_out, int64_t rows, int64_t hidden, float eps,
                      int threads);
 
-  // Attention over a paged cache, llmkernels/ops/paged_attention.py.  Strides are called after what they step over; channels
-  // of k_cache, v_cache, q and out have unit stride.  group: heads of q that share a KV head.  block_table,
+  // Attention over a paged cache, llmkernels/ops/paged_attention.py.  Strides are called after what they step over;
+  // channels of k_cache, v_cache, q and out have unit stride.  group: heads of q that share a KV head.  block_table,
   // seq_lens and cu_seqlens_q are int32.  Null where absent: sinks [heads], alibi_slopes [heads], k_scale and v_scale
   // [kv_heads] or one value, all float32; tree_mask [tokens, tree_words] uint32; lse [tokens, heads] float32.
   // out [tokens, heads, v_dim] has the dtype of q and is contiguous.
@@ -78,22 +79,22 @@ struct Table {
                             int64_t b_head, const void* lse_b, int64_t lse_b_token, int64_t lse_b_head, void* out,
                             void* lse, int64_t tokens, int64_t heads, int64_t v_dim, int threads);
 
-  // values[rows hidden] int8 or e4m3, scales[rows groups]; `calibrated` 0: each group's own scale.  group is the width of
-  // a group, the whole row where there is one.
+  // values[rows hidden] int8 or e4m3, scales[rows groups]; `calibrated` 0: each group's own scale.  group is the width
+  // of a group, that of the row where there is one.
   Status (*quantize_activation)(int dtype, int value_dtype, const void* x, int64_t x_stride, void* values,
                                 void* scales, float calibrated, int64_t rows, int64_t hidden, int64_t group,
                                 int64_t groups, int threads);
 
-  // Rotates the first 2 * half channels; cos and sin [max_positions, half] float32, positions int64.  q_out and k_out are
-  // contiguous.
+  // Rotates the first 2 * half channels; cos and sin [max_positions, half] float32, positions int64.  q_out and k_out
+  // are contiguous.
   Status (*rotary_embedding)(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
                              int64_t k_token, int64_t k_head, const void* cos, int64_t cos_stride, const void* sin,
                              int64_t sin_stride, const void* positions, void* q_out, void* k_out, int64_t tokens,
                              int64_t heads, int64_t kv_heads, int64_t dim, int64_t half, int64_t max_positions,
                              bool interleaved, int threads);
 
-  // tokens[rows] int64 from logits[rows vocab]; float32 uniform, temperature, top_p, min_p and int32 top_k per row, null
-  // where absent but for uniform.
+  // tokens[rows] int64 from logits[rows vocab]; float32 uniform, temperature, top_p, min_p and int32 top_k per row,
+  // null where absent but for uniform.
   Status (*sample)(int dtype, const void* logits, int64_t stride, const void* uniform, const void* temperature,
                    const void* top_k, const void* top_p, const void* min_p, void* tokens, int64_t rows, int64_t vocab,
                    int threads);

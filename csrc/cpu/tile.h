@@ -28,7 +28,7 @@ struct PairCells {
   static LLMKERNELS_INLINE Floats add(Pairs a, Pairs b, Floats c) { return dot(a, b, c); }
 };
 
-// a[rows, a_stride], b[depth, b_stride] in cells, c[rows, c_stride] in floats.  scale may be null: then C starts at zero.
+// a[rows, a_stride], b[depth, b_stride] in cells, c[rows, c_stride] in floats.  scale may be null: C starts at zero.
 template <class Cells, int R, int V>
 LLMKERNELS_INLINE void tile(const typename Cells::Element* a, int64_t a_stride, const typename Cells::Element* b,
                             int64_t b_stride, int64_t depth, const float* scale, float* c, int64_t c_stride) {

@@ -45,8 +45,8 @@ LLMKERNELS_INLINE float widen(e4m3 x) {
   return (x.bits & 0x7f) == 0x7f ? bit_cast<float>(0x7fc00000u) : widen(fp16{bits}) * 256.0f;
 }
 
-// The magnitude of x in a format of fewer exponent bits than float32, as its bits.  What is above `overflow` becomes it;
-// NaN becomes `nan`.
+// The magnitude of x in a format of fewer exponent bits than float32, as its bits.  What is above `overflow` becomes
+// it; NaN becomes `nan`.
 LLMKERNELS_INLINE uint32_t narrowed(float x, int mantissa, int bias, uint32_t overflow, uint32_t nan) {
   const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffff;
   if (magnitude > 0x7f800000) return nan;
