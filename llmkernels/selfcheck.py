@@ -28,7 +28,7 @@ def verdict(op: Any, backend: str, call: Mapping[str, Any]) -> list[Refusal]:
 
 @functools.cache
 def _verdict(op: Any, backend: str, dtype: str, device: str) -> list[Refusal]:
-    key = " ".join([op.name, backend, dtype, _chip(device), _versions(), fingerprint(backend)])
+    key = " ".join([op.name, backend, dtype, _chip(device), variant(backend), _versions(), fingerprint(backend)])
     known = cache_folder.load(NAME)
     if key not in known:
         known = cache_folder.load(NAME) | {key: _check(op, backend, dtype, device)}
@@ -59,6 +59,11 @@ def fingerprint(backend: str) -> str:
         if file.suffix in (".py", ".so", ".pyd"):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def variant(backend: str) -> str:
+    """Which of its kernels a backend uses on this processor, where it says so by isa()."""
+    return str(getattr(package(backend), "isa", lambda: "any")())
 
 
 def _versions() -> str:

@@ -127,7 +127,7 @@ def _backends(problems: list[str]) -> list[dict[str, Any]]:
     plugins = {point.name for point in metadata.entry_points(group="llmkernels.backends")}
     return [_backend(name, module) for name, module in names.items() if name not in plugins] + [
         {"backend": discovery.REFERENCE, "package": "llmkernels.ops", "available": True, "reason": None,
-         "kernels": _ops(), "native": False, "emulation": None}
+         "kernels": _ops(), "native": False, "isa": None, "emulation": None}
     ]  # fmt: skip
 
 
@@ -141,8 +141,19 @@ def _backend(name: str, module: str) -> dict[str, Any]:
         "reason": why and {"code": why.code, "reason": why.reason, "fix": why.fix},
         "kernels": _files(package.__path__) if package else [],
         "native": bool(getattr(package, "NATIVE", False)),
+        "isa": None if why else _isa(package),
         "emulation": getattr(package, "EMULATION", None),
     }
+
+
+def _isa(package: Any) -> str | None:
+    """The instruction set a backend's kernels use here, or its complaint about the one that was asked for."""
+    if not hasattr(package, "isa"):
+        return None
+    try:
+        return str(package.isa())
+    except ValueError as error:
+        return str(error)
 
 
 def _ops() -> list[str]:
@@ -224,7 +235,8 @@ def _show(facts: dict[str, Any]) -> None:
     screen.print()
     for b in facts["backends"]:
         state = "ready" if b["available"] else f"{b['reason']['code']}: {b['reason']['reason']}; {b['reason']['fix']}"
-        line(b["backend"], f"{state}  ({len(b['kernels'])} ops)", "green" if b["available"] else "yellow")
+        of = f"{len(b['kernels'])} ops" + (f", {b['isa']}" if b["isa"] else "")
+        line(b["backend"], f"{state}  ({of})", "green" if b["available"] else "yellow")
     for p in facts["plugins"]:
         line(p["backend"], f"plug-in {p['package']}: {p['problem'] or 'loads'}", "red" if p["problem"] else "green")
     screen.print()
