@@ -141,12 +141,12 @@ def _backend(name: str, module: str) -> dict[str, Any]:
         "reason": why and {"code": why.code, "reason": why.reason, "fix": why.fix},
         "kernels": _files(package.__path__) if package else [],
         "native": bool(getattr(package, "NATIVE", False)),
-        "isa": None if why else _isa(package),
+        "isa": None if why else _kernels_isa(package),
         "emulation": getattr(package, "EMULATION", None),
     }
 
 
-def _isa(package: Any) -> str | None:
+def _kernels_isa(package: Any) -> str | None:
     """The instruction set a backend's kernels use here, or its complaint about the one that was asked for."""
     if not hasattr(package, "isa"):
         return None
