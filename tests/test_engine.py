@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llmkernels
 from llmkernels import ledger
 from llmkernels.engine import LLM, SamplingParams, shipped_model
-from llmkernels.engine.cache import KVCache, PagePool
+from llmkernels.engine.cache import KVCache
+from llmkernels.engine.pages import PagePool
 from llmkernels.engine.runner import Runner
 from llmkernels.engine.scheduler import Scheduler, Sequence
 from llmkernels.engine.weights import Checkpoint, load

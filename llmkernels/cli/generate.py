@@ -106,7 +106,7 @@ def _prompts(model: str | None, prompt: str | None, file: Path | None) -> list[s
 
 def _batch(llm: "LLM", prompts: list[str], params: "SamplingParams") -> list["Output"]:
     """Answer all prompts together, with a bar that counts tokens."""
-    outputs = [llm.add(text, params) for text in prompts]
+    outputs = [output for text in prompts for output in llm.add(text, params)]
     with progress("tokens", len(prompts) * params.max_tokens) as (bar, task):
         while any(output.finish_reason is None for output in outputs):
             llm.step()

@@ -10,12 +10,14 @@ import torch
 import llmkernels
 
 _MASK = 2**64 - 1
+MOST_ANSWERS = 128  # to one prompt
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """What a request asks for.  Wrong values raise ValueError.
 
+    n: how many answers to give; the prompt is computed once for all of them.
     max_tokens: how many tokens to generate at most; the context may end it earlier.
     temperature: the logits are divided by it; 0 takes the most likely token (greedy), and ignores the rest.
     top_k: only the k most likely tokens; 0 keeps all.
@@ -28,6 +30,7 @@ class SamplingParams:
     logprobs: also return ln p of each generated token, of the model's own distribution: before temperature and cuts.
     """
 
+    n: int = 1
     max_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
@@ -39,6 +42,7 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        _check("n", self.n, int, 1, MOST_ANSWERS)
         _check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
         _check("temperature", self.temperature, float, 0, 1e6)
         _check("top_k", self.top_k, int, 0, 2**31 - 1)
@@ -56,6 +60,11 @@ class SamplingParams:
 def draw_seed() -> int:
     """A seed nobody chose."""
     return int.from_bytes(os.urandom(8), "little")
+
+
+def fork_seed(seed: int, answer: int) -> int:
+    """The seed of the answer-th of a request's n answers; the first has the request's own, whatever n is."""
+    return _mix((seed & _MASK) ^ _mix(answer)) if answer else seed
 
 
 def uniform(seed: int, counter: int) -> float:
