@@ -40,10 +40,6 @@ class PagePool:
         """How many sequences use the page."""
         return self._users[page]
 
-    def shared(self, page: int) -> bool:
-        """Whether somebody else may read the page: who wants to write must copy it first."""
-        return self._users[page] > 1 or page in self._kept
-
     def take(self, count: int) -> list[int] | None:
         """`count` pages that now have one user, the caller; None, and nothing taken, where fewer are free."""
         if count > self.free:

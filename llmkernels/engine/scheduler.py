@@ -166,7 +166,7 @@ class Scheduler:
         """
         pages, start, copy = sequence.pages, sequence.computed, None
         first = start // self.page_size
-        split = first < len(pages) and self.pool.shared(pages[first])
+        split = first < len(pages) and self.pool.users(pages[first]) > 1
         missing = -(-len(sequence.tokens) // self.page_size) - len(pages)
         if missing or split:
             taken = self.pool.take(missing + split)
