@@ -113,7 +113,7 @@ def test_everyone_reads_the_keys_of_its_own_tokens(data):
         def abort(step=step):
             for at, sequence in aborts:
                 if at == step:
-                    memory.scheduler.abort(sequence)
+                    memory.scheduler.end(sequence)
 
         memory.step(lambda sequence: (sequence.payload + len(sequence.tokens)) % 2, abort)
         step += 1
@@ -210,8 +210,8 @@ def test_an_aborted_fork_or_parent_leaves_the_others(when):
     memory.scheduler.add(family[0])
     for _ in range({"waiting": 0, "half": 1, "forked": 2}[when]):
         memory.step()
-    memory.scheduler.abort(family[0])
-    memory.scheduler.abort(family[2])
+    memory.scheduler.end(family[0])
+    memory.scheduler.end(family[2])
     memory.run()
     assert [s.finish_reason for s in family] == ["abort", "length", "abort"]
     assert memory.pool.free == memory.pool.pages

@@ -48,7 +48,7 @@ def run(s, sequences, arrivals, aborts=(), ends=()):
             s.add(sequences[queue.pop(0)[1]])
         for at, index in aborts:
             if at == step and (sequences[index] in s.waiting or sequences[index] in s.running):
-                s.abort(sequences[index])
+                s.end(sequences[index])
         before = s.preemptions
         chunks = s.schedule()
         assert chunks or not (s.waiting or s.running), "everybody waits for nobody"
@@ -136,8 +136,8 @@ def test_an_aborted_sequence_ignores_the_step_it_was_in():
     q = sequence(3, 5)
     s.add(q)
     chunks = s.schedule()
-    s.abort(q)
-    s.abort(q)
+    s.end(q)
+    s.end(q)
     s.advance(chunks, [0])
     assert (q.finish_reason, q.tokens, s.pool.free) == ("abort", [1, 1, 1], s.pool.pages)
 

@@ -13,7 +13,7 @@ from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
-from llmkernels.engine.tokenizer import Detokenizer, read_tokenizer
+from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
 
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -33,10 +33,11 @@ class Output:
     prompt_tokens: the ids of the prompt, as the model read them.
     params, seed: how it is sampled; the seed is the one drawn where params name none.
     tokens: the ids generated, a stop token included.
-    text: of `tokens`, without special tokens, without the stop token, without the bytes of an unfinished character.
-        Empty where the LLM has no tokenizer.
+    text: of `tokens`, without special tokens, without the stop token or string, without the bytes of an unfinished
+        character, and, until finished, without what may turn out to be a stop string.  Empty where the LLM has no
+        tokenizer.
     logprobs: ln p of each of `tokens`, if params.logprobs.
-    finish_reason: None (unfinished), 'stop' (a stop token), 'length' (max_tokens or the context), 'abort'.
+    finish_reason: None (unfinished), 'stop' (a stop token or string), 'length' (max_tokens or the context), 'abort'.
     """
 
     prompt_tokens: list[int]
@@ -47,6 +48,7 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     _sequence: Sequence = field(repr=False, kw_only=True)
     _detokenizer: Detokenizer | None = field(repr=False, kw_only=True)
+    _stops: StopStrings = field(repr=False, kw_only=True)
 
     @property
     def finish_reason(self) -> str | None:
@@ -57,12 +59,17 @@ class Output:
         """How many tokens of the prompt had their keys in the cache when the request first ran."""
         return self._sequence.cached or 0
 
-    def _receive(self, token: int, logprob: float | None) -> None:
+    def _receive(self, token: int, logprob: float | None) -> bool:
+        """Take the next token in; True where the text ends before a stop string."""
         self.tokens.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
-        if self._detokenizer and self.finish_reason != "stop":
-            self.text += self._detokenizer.push(token)
+        if not self._detokenizer:
+            return False
+        piece = "" if self.finish_reason == "stop" else self._detokenizer.push(token)
+        piece, ended = self._stops.push(piece)
+        self.text += piece if ended or not self.finish_reason else piece + self._stops.flush()
+        return ended
 
 
 @dataclass(frozen=True)
@@ -205,12 +212,14 @@ class LLM:
         self._scheduler.advance(chunks, tokens)
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
         for output, token, logprob in zip(ends, tokens, logprobs, strict=True):
-            output._receive(token, logprob)
+            if output._receive(token, logprob):
+                self._scheduler.end(output._sequence)
+                output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
         return True
 
     def abort(self, output: Output) -> None:
         """End a request now and free its pages; nothing happens to a finished one."""
-        self._scheduler.abort(output._sequence)
+        self._scheduler.end(output._sequence)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
@@ -244,7 +253,9 @@ class LLM:
         ids = (prompt and self.encode(prompt)) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
-        for token in (*ids, *params.stop_token_ids):
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop is given and this LLM has tokenizer=False; give stop_token_ids, or tokenizer=<path>")
+        for token in (*ids, *params.stop_token_ids, *params.logit_bias):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab:
                 raise ValueError(f"{token!r} is not a token id; this model's are 0 to {self.config.vocab - 1}")
         if len(ids) >= self.max_length:
@@ -256,7 +267,9 @@ class LLM:
         for i in range(params.n):
             sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=salt)
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
-            output = Output(ids, params, fork_seed(seed, i), _sequence=sequence, _detokenizer=text)
+            output = Output(
+                ids, params, fork_seed(seed, i), _sequence=sequence, _detokenizer=text, _stops=StopStrings(params.stop)
+            )
             sequence.payload = output
             outputs.append(output)
         outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]

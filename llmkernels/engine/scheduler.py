@@ -41,7 +41,7 @@ class Sequence:
     computed: the first so many tokens have their keys and values in pages.
     pages: ids of its pages, in order; token i is in pages[i // page_size].
     cached: how many tokens' keys were there when it first ran.  None: it has not run yet.
-    finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit) or 'abort'.
+    finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit), or what `end` was told.
     """
 
     tokens: list[int]
@@ -150,14 +150,14 @@ class Scheduler:
                 elif len(sequence.tokens) >= sequence.limit:
                     self._finish(sequence, "length")
 
-    def abort(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
         if sequence in self.running or sequence in self.waiting:
-            self._finish(sequence, "abort")
+            self._finish(sequence, reason)
         for parent in (*self.running, *self.waiting):
             if sequence in parent.forks:
                 parent.forks.remove(sequence)
-                sequence.finish_reason = "abort"
+                sequence.finish_reason = reason
 
     def _plan(self, sequence: Sequence, most: int) -> Chunk | None:
         """The sequence's next chunk, of at most so many tokens; None, and nothing changed, where pages are short.
