@@ -102,7 +102,7 @@ def measure(
                 times[name] = told
         rivals: dict[str, float] = {}
         for name, prepare in others.peers(subject.contract.name, quick) if peers and times else ():
-            answer = _time_peer(subject, prepare, budget)
+            answer = _time_peer(subject, name, prepare, budget)
             if isinstance(answer, str):
                 yield NotTimed(subject.contract.name, name, subject.dtype, subject.case, answer)
             elif answer is not None:
@@ -160,14 +160,15 @@ def _wait(jax: Any, run: Callable[[], Any]) -> Any:
     return jax.block_until_ready(run())
 
 
-def _time_peer(subject: Subject, prepare: others.Prepare, budget: float) -> float | str | None:
+def _time_peer(subject: Subject, name: str, prepare: others.Prepare, budget: float) -> float | str | None:
     """Seconds, or why a peer that tried was not timed; None for a peer that has no answer to this call."""
     call = subject.copy()
     try:
         run = prepare(call)
         if run is None:
             return None
-        wrong, _, _ = subject.judge(subject.answers(lambda *_, **__: run(), call), PEER_SLACK)
+        got = subject.answers(lambda *_, **__: run(), call)
+        wrong = subject.judge_own_rounding(got) if name in others.OWN_ROUNDING else subject.judge(got, PEER_SLACK)[0]
     except Exception as error:  # as above; peers are other people's code
         return _raised(error)
     if wrong:
