@@ -27,6 +27,14 @@ NAMES = {
 }
 
 
+@llama_cpp.llama_log_callback
+def _silent(*message: object) -> None:
+    """It would tell of every tensor."""
+
+
+llama_cpp.llama_log_set(_silent, None)
+
+
 def convert(checkpoint: Path, target: Path) -> None:
     """Write a Llama checkpoint as GGUF in float32, without its tokenizer: token ids in, token ids out."""
     config = json.loads((checkpoint / "config.json").read_text())
@@ -81,11 +89,6 @@ def quantize(source: Path, target: Path, kind: str, threads: int) -> None:
         raise RuntimeError(f"llama_model_quantize returned {status}")
 
 
-@llama_cpp.llama_log_callback
-def _silent(*message: object) -> None:
-    """It tells of every tensor."""
-
-
 class Model:
     """A GGUF file in memory and one sequence.
 
@@ -93,7 +96,6 @@ class Model:
     """
 
     def __init__(self, file: Path, threads: int, context: int, chunk: int):
-        llama_cpp.llama_log_set(_silent, None)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
