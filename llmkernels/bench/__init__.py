@@ -70,13 +70,14 @@ def subjects(
     dtype: str | None = None,
     quick: bool = False,
     seen: Callable = lambda text: None,
+    part: str = "",
 ) -> Iterator[Subject]:
-    """The calls worth timing on this device.  ValueError for an op or dtype that there is not."""
+    """The calls worth timing on this device whose names contain `part`.  ValueError for an op or dtype unknown."""
     for entry in [registry.get(op)] if op else registry.OPS.values():
         contract = entry.contract
         if dtype not in (None, *contract.dtypes):
             raise ValueError(f"dtype is {dtype!r}; {contract.name} takes {', '.join(contract.dtypes)}")
-        for case in timed(contract.name, device, quick):
+        for case in (case for case in timed(contract.name, device, quick) if part in case.name):
             for kind in [dtype] if dtype else DTYPES["cuda" if device.startswith("cuda") else "cpu"]:
                 seen(f"{contract.name} {kind} {case.name}")
                 yield Subject(contract, case.name, kind, inputs(contract, case, kind, device), device)
