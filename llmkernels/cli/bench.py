@@ -41,7 +41,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the roofline picture.")] = None,
 ) -> None:
     """Measure each call: its time, the share of what this device could do, the ratio to the best peer."""
-    from llmkernels import discovery
+    from llmkernels import discovery, registry
     from llmkernels.bench import measure, results, subjects
     from llmkernels.bench import report as make_report
     from llmkernels.bench.replay import recorded
@@ -50,6 +50,8 @@ def bench(
     if backend:
         discovery.check_name(backend, "--backend")
     check_device(device)
+    if op:
+        registry.get(op)  # a wrong name is told before anything is measured
     if plot:
         _needs_matplotlib()
     if dispatch:
