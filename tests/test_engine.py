@@ -326,6 +326,7 @@ def test_scales_of_a_quantized_cache_just_fit(dtype, limit):
         ({"kv_cache_dtype": "float8_e4m3fn"}, 0.06),
         ({"quantize": "w8a16"}, 0.03),
         ({"quantize": "w4a16_g128"}, 0.3),
+        ({"quantize_head": "w8a16"}, 0.03),
     ],
 )
 def test_quantized_weights_and_caches_stay_near(options, bound):

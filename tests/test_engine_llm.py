@@ -358,6 +358,7 @@ def test_bad_wishes(options, words):
         ),
         ({"device": "warp"}, "device is 'warp'"),
         ({"quantize": "w5a16"}, "w5a16"),
+        ({"quantize_head": "w5a16"}, "w5a16"),
         ({"page_size": 0}, "page_size is 0"),
         ({"kv_cache_bytes": 100}, "kv_cache_bytes is 100; a page of 16 tokens takes 49152"),
         ({"max_sequences": 0}, "max_sequences is 0"),

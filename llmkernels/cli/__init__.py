@@ -9,7 +9,7 @@ What --json prints is an interface; keys are added, never renamed:
     ops          {ops: [{op, summary, shapes, dtypes, options, cases, backends}]}
     explain      {op, call, candidates: [{backend, verdict, reasons: [{code, reason, fix}]}], chosen}
     doctor       {version, python, versions, cpu, gpus, backends, plugins, build, cache, environment, problems}
-    status       {rows: [{op, backend, dtype, evidence, device, recorded, passed, failed, refused}]}
+    status       {rows: [{op, backend, dtype, evidence, device, isa, recorded, passed, failed, refused}]}
     conformance  {backend, mode, device, passed, failed, refused,
                   cases: [{op, dtype, case, verdict, error, tolerance, reasons}]}
     bench        {device, ceilings, rows: [{op, backend, dtype, case, seconds, limit_seconds, percent_of_limit,

@@ -50,7 +50,8 @@ def conformance(
             bar.update(task, advance=1, description=f"{result.op} {result.dtype} {result.case}")
     mode, name = ("emulated" if emulated else "ran"), device_name(device)
     if record:
-        status.write(record, status.summarize(results, mode, name))
+        isa = None if backend == discovery.REFERENCE else getattr(discovery.package(backend), "isa", None)
+        status.write(record, status.summarize(results, mode, name, isa and isa()))
     counts = Counter(result.verdict for result in results)
     if json:
         show_json(report(backend, mode, name, results))

@@ -90,6 +90,7 @@ class LLM:
         dtype: 'float32', 'bfloat16', 'float16', or 'auto', what the checkpoint was saved in.
         device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto', the first GPU if there is one.
         quantize: round the layers' projections to a scheme of llmkernels.quant at load, such as 'w4a16_g128'.
+        quantize_head: the same for the projection to the vocabulary, which is more sensitive: 'w8a16'.
         kv_cache_dtype: 'auto' is the dtype of the model; 'int8', 'float8_e4m3fn' and 'float8_e5m2' halve or quarter the
             memory, with scales per layer and KV head from a calibration pass at load.
         kv_cache_bytes: memory for keys and values, in bytes; kv_cache_pages gives it in pages instead.
@@ -111,6 +112,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         quantize: str | None = None,
+        quantize_head: str | None = None,
         kv_cache_dtype: str = "auto",
         kv_cache_bytes: int = 2**30,
         kv_cache_pages: int | None = None,
@@ -144,7 +146,7 @@ class LLM:
         prefix = PrefixCache(pool, page_size) if prefix_reuse else None
         self._scheduler = Scheduler(pool, page_size, max_batch_tokens, min(max_sequences, max_batch_tokens), prefix)
 
-        model = load(checkpoint, kind, place, self.max_length, quantize)
+        model = load(checkpoint, kind, place, self.max_length, quantize, quantize_head)
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)

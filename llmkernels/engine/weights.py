@@ -131,8 +131,18 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     )
 
 
-def load(checkpoint: Checkpoint, dtype: str, device: torch.device, length: int, quantize: str | None = None) -> Model:
-    """The model, with rotary tables for `length` positions; `quantize` rounds every projection to that scheme."""
+def load(
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: torch.device,
+    length: int,
+    quantize: str | None = None,
+    quantize_head: str | None = None,
+) -> Model:
+    """The model, with rotary tables for `length` positions.
+
+    `quantize` rounds every projection of the layers to that scheme, `quantize_head` the one to the vocabulary.
+    """
     config = checkpoint.config
 
     def tensor(name: str, *shape: int) -> torch.Tensor:
@@ -161,12 +171,13 @@ def load(checkpoint: Checkpoint, dtype: str, device: torch.device, length: int, 
         )
 
     embedding = tensor("model.embed_tokens.weight", config.vocab, config.hidden)
+    head = embedding if config.tied else tensor("lm_head.weight", config.vocab, config.hidden)
     return Model(
         config,
         embedding,
         [layer(index) for index in range(config.layers)],
         tensor("model.norm.weight", config.hidden),
-        Linear(embedding if config.tied else tensor("lm_head.weight", config.vocab, config.hidden)),
+        Linear(quant.quantize(head, quantize_head) if quantize_head else head),
         *rotary_tables(config, length, device),
     )
 
