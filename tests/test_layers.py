@@ -50,7 +50,7 @@ UPWARD = {
 FILES = sorted([*(ROOT / "llmkernels").rglob("*.py"), *(ROOT / "backends").rglob("*.py")])
 CODE = sorted(
     path
-    for folder in ("llmkernels", "backends", "csrc", "tests", "bench", "examples", "tools", ".ci", ".")
+    for folder in ("llmkernels", "backends", "csrc", "tests", "bench", "docs", "examples", "tools", ".ci", ".")
     for path in (ROOT / folder).glob("*" if folder == "." else "**/*")
     if path.is_file()
     and path.suffix in (".py", ".cpp", ".cu", ".hip", ".h", ".md", ".toml", ".txt", ".yaml", ".json", "")

@@ -108,8 +108,10 @@ def _show(backend: str, mode: str, device: str, results: list["Result"], missing
         table.add_row(op, str(counts["passed"]), failed, str(counts["refused"]), closest)
     for op in missing:
         file = f"{discovery.backends()[backend].replace('.', '/')}/{op}.py"
-        table.add_row(op, "[yellow]missing[/]", "", "", f"write {file}; llmkernels ops {op} prints the contract")
+        table.add_row(op, "[yellow]missing[/]", "", "", f"write {file}")
     screen.print(table)
+    if missing:
+        screen.print("`llmkernels ops OP` prints the contract that a file answers")
     for op, limits in _limits(results).items():
         screen.print(f"[yellow]refused[/] {op}", soft_wrap=True)
         for reason, count in limits:
