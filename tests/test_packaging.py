@@ -262,6 +262,8 @@ def test_what_is_imported_is_declared():
     """A module that the package imports when it is imported comes with a dependency; others only inside functions."""
     declared = {re.split(r"[<>=\[ ]", line)[0].replace("-", "_") for line in PROJECT["dependencies"]}
     optional = {"jax_api.py": {"jax"}}
+    for engine in ("vllm", "sglang"):  # which load these files, and are there when they do
+        optional |= {path.name: {engine} for path in (ROOT / "llmkernels" / "integrations").glob(f"{engine}_*.py")}
     for path in (ROOT / "llmkernels").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):

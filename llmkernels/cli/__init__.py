@@ -10,7 +10,7 @@ What --json prints is an interface; keys are added, never renamed:
     explain      {op, call, candidates: [{backend, verdict, reasons: [{code, reason, fix}]}], chosen}
     doctor       {version, python, versions, cpu, gpus, backends, plugins, build, cache, environment, problems}
     status       {rows: [{op, backend, dtype, evidence, device, isa, recorded, passed, failed, refused}]}
-    conformance  {backend, mode, device, passed, failed, refused,
+    conformance  {backend, mode, device, passed, failed, refused, missing: [op],
                   cases: [{op, dtype, case, verdict, error, tolerance, reasons}]}
     bench        {device, ceilings, rows: [{op, backend, dtype, case, seconds, limit_seconds, percent_of_limit,
                   peers: {name: seconds}, ratio_to_best_peer, dispatch_seconds, parity_error, tolerance, bytes,
