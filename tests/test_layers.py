@@ -36,8 +36,8 @@ LAYERS = {
     "kit": Layer("memory inputs comparison testing selfcheck", "core quant ops", "torch numpy", "jax"),
     "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2"),
     "measuring": Layer("roofline status bench/*", "core quant ops frameworks kit", "torch numpy", ANYTHING),
-    "integrations": Layer("integrations/*", "core quant ops frameworks", ANYTHING),  # each one is another engine's
     "doors": Layer("cli/* __main__", "core quant ops frameworks kit engine measuring", "typer rich", ANYTHING),
+    "adapters": Layer("integrations/*", "core quant ops frameworks", "torch transformers safetensors", ANYTHING),
     "backends": Layer("backends/*", "", "torch jax triton numpy", "flashinfer"),
     "package": Layer("__init__"),  # the public list: loads everything, and only when it is asked for
 }
@@ -129,9 +129,7 @@ def test_imports(path):
             allowed = layer.outside.split() if found.when == "import" else f"{layer.outside} {layer.lazily}".split()
             assert top in sys.stdlib_module_names or top in allowed or ANYTHING in allowed, f"{where}; {name} may not"
         elif found.module == "llmkernels":  # the public list
-            assert name in ("engine", "integrations", "measuring", "doors", "kit", "frameworks"), (
-                f"{where}, from below it"
-            )
+            assert name in ("engine", "measuring", "doors", "adapters", "kit", "frameworks"), f"{where}, from below it"
         elif name == "backends":
             own = ".".join(me.split(".")[:3])
             assert f"{found.module}.".startswith(f"{own}."), f"{where}; a backend knows itself and its arrays only"

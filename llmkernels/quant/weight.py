@@ -212,11 +212,13 @@ def _concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
             f"{BLOCK} rows with one scale would reach over two of them: keep them apart"
         )
     to = first.scheme
-    parts = {name: [getattr(weight, name) for weight in weights] for name in ("values", "scales", "zeros")}
+    parts: dict[str, Any] = {
+        name: [getattr(weight, name) for weight in weights] for name in ("values", "scales", "zeros")
+    }
     if to.granularity == "tensor":
         to = replace(to, granularity="row")
         parts["scales"] = [weight.scales.expand(weight.shape[0], 1) for weight in weights]
-    joined = {name: None if given[0] is None else torch.cat(given) for name, given in parts.items()}
+    joined: dict[str, Any] = {name: None if p[0] is None else torch.cat(p) for name, p in parts.items()}
     return replace(first, scheme=to, **joined)
 
 

@@ -18,7 +18,7 @@ NAME = "llmkernels"
 
 @torch.compiler.disable  # as transformers does with its own flash and paged attention: what is around it is compiled
 def attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -34,6 +34,8 @@ class StoredConfig(QuantizationConfigMixin):
 class StoredLinear(torch.nn.Module):
     """The tensors of one layer as a checkpoint stores them, until they are all read."""
 
+    bias: torch.nn.Parameter | None
+
     def __init__(self, tensors: Mapping[str, torch.Tensor], columns: int, bias: torch.nn.Parameter | None):
         super().__init__()
         self.columns = columns

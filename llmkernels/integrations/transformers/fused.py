@@ -37,7 +37,7 @@ FAMILIES = (
 # Blocks that are known to apply these norms right before attention and MLP, which use nothing else of their output.
 BLOCKS = {f"{family}DecoderLayer": PLAIN for family in FAMILIES}
 BLOCKS |= {"Gemma2DecoderLayer": GEMMA, "Gemma3DecoderLayer": GEMMA}
-GATED = {"swiglu": functional.silu, "geglu": functional.gelu}
+GATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"swiglu": functional.silu, "geglu": functional.gelu}
 MARK = "_llmkernels_changed"
 
 
@@ -104,9 +104,9 @@ class _Left(Exception):
 class Product:
     """norm(x) @ weightT + bias of all `linears` in one call; methods, so that a deep copy of the model is its own."""
 
-    def __init__(self, norm: torch.nn.Module, one_more: bool, linears: Sequence[Any], activation: str = "none"):
+    def __init__(self, norm: Any, one_more: bool, linears: Sequence[Any], activation: str = "none"):
         self.norm, self.one_more, self.linears, self.activation = norm, one_more, list(linears), activation
-        self.eps = float(getattr(norm, "variance_epsilon", None) or norm.eps)  # type: ignore[arg-type]
+        self.eps = float(getattr(norm, "variance_epsilon", None) or norm.eps)
         self.rows = [linear.out_features for linear in linears]
         self.pack()
 
@@ -134,10 +134,9 @@ class Product:
 
     def where(self) -> list[int]:
         """Where the layers' parameters lie: elsewhere after model.to(...) or loading, and then they are packed anew."""
-        parameters = [getattr(linear, "values", None) for linear in self.linears]
-        parameters = [linear.weight if p is None else p for linear, p in zip(self.linears, parameters, strict=True)]
-        parameters += [linear.bias for linear in self.linears if linear.bias is not None]
-        return [parameter.data_ptr() for parameter in parameters]
+        stored = "values" if isinstance(self.linears[0], QuantizedLinear) else "weight"
+        parameters = [getattr(linear, name) for linear in self.linears for name in (stored, "bias")]
+        return [parameter.data_ptr() for parameter in parameters if parameter is not None]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.where() != self.places:
@@ -202,17 +201,17 @@ class GatedMlp:
         return self.down(h)
 
 
-def _attention(norm: torch.nn.Module, block: torch.nn.Module) -> tuple[list[torch.nn.Module], str]:
+def _attention(norm: Any, block: Any) -> tuple[list[torch.nn.Module], str]:
     linears = _linears(block, ("q_proj", "k_proj", "v_proj"), norm)
     one_more = _one_more(norm)
     shared = Projections(_product(norm, one_more, linears))
-    norm.forward = Passed().forward  # type: ignore[method-assign]
+    norm.forward = Passed().forward
     for index, linear in enumerate(linears):
         linear.forward = Projection(shared, index).forward
     return [norm, *linears], f"norm_linear_activation, {' + '.join(map(str, shared.product.rows))} features"
 
 
-def _mlp(norm: torch.nn.Module, block: torch.nn.Module) -> tuple[list[torch.nn.Module], str]:
+def _mlp(norm: Any, block: Any) -> tuple[list[torch.nn.Module], str]:
     linears = _linears(block, ("gate_proj", "up_proj"), norm, block)
     one_more = _one_more(norm)
     if not callable(act := getattr(block, "act_fn", None)) or not hasattr(block, "down_proj"):
@@ -221,20 +220,20 @@ def _mlp(norm: torch.nn.Module, block: torch.nn.Module) -> tuple[list[torch.nn.M
     fits = [name for name, function in GATED.items() if torch.allclose(act(probe), function(probe), atol=1e-6)]
     activation = fits[0] if fits else "none"
     product = _product(norm, one_more, linears, activation)
-    norm.forward = Passed().forward  # type: ignore[method-assign]
-    block.forward = GatedMlp(product, block.down_proj, None if fits else act).forward  # type: ignore
+    norm.forward = Passed().forward
+    block.forward = GatedMlp(product, block.down_proj, None if fits else act).forward
     told = f"norm_linear_activation, {' + '.join(map(str, product.rows))} features, activation {activation!r}"
     return [norm, block], told if fits else f"{told}; {type(act).__name__} stays outside: the operation has none such"
 
 
-def _product(norm: torch.nn.Module, one_more: bool, linears: list[Any], activation: str = "none") -> Product:
+def _product(norm: Any, one_more: bool, linears: list[Any], activation: str = "none") -> Product:
     try:
         return Product(norm, one_more, linears, activation)
     except ValueError as reason:  # weights that cannot become one
         raise _Left(str(reason)) from None
 
 
-def _linears(block: torch.nn.Module, names: tuple[str, ...], *others: torch.nn.Module) -> list[Any]:
+def _linears(block: Any, names: tuple[str, ...], *others: Any) -> list[Any]:
     """The linear layers of these names, which nothing else has changed already."""
     found = [getattr(block, name, None) for name in names]
     for name, linear in zip(names, found, strict=True):
@@ -245,14 +244,14 @@ def _linears(block: torch.nn.Module, names: tuple[str, ...], *others: torch.nn.M
     if len(kinds := {type(linear).__name__ for linear in found}) > 1:
         raise _Left(f"{', '.join(names)} are {' and '.join(sorted(kinds))}")
     for module in (*found, *others):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # type: ignore
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise _Left(f"{type(module).__name__} has hooks, or a forward of its own, that would be passed by")
-        if any(parameter.is_meta for parameter in module.parameters()):  # type: ignore[union-attr]
+        if any(parameter.is_meta for parameter in module.parameters()):
             raise _Left(f"the weights of {type(module).__name__} are not in memory")
     return found
 
 
-def _one_more(norm: torch.nn.Module) -> bool:
+def _one_more(norm: Any) -> bool:
     """Whether an RMSNorm multiplies by 1 + weight, as Gemma's does, and not by weight: seen by trying."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     if not isinstance(weight, torch.Tensor) or not isinstance(eps, float) or not eps > 0:

@@ -43,10 +43,7 @@ def mask(
     """
     if (pattern := recognise(mask_function)) is not None:
         window, causal, packed = pattern
-        if packed is not None:
-            spans = [(0, 0)] * batch_size
-        else:
-            spans = tokens_of(attention_mask, batch_size, kv_offset, kv_length)
+        spans = tokens_of(attention_mask, batch_size, kv_offset, kv_length)
         if spans is not None:
             position = int(q_offset) - kv_offset
             table = [

@@ -23,6 +23,8 @@ METHOD = "llmkernels"
 class QuantizedLinear(torch.nn.Module):
     """y = x @ weightT + bias by quantized_gemm.  The parts of the QuantizedWeight are buffers, in their own dtypes."""
 
+    bias: torch.nn.Parameter | None
+
     def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None):
         super().__init__()
         self.scheme: Scheme = weight.scheme
@@ -58,7 +60,7 @@ class QuantizedLinear(torch.nn.Module):
         """model.to(torch.bfloat16) changes activations and the bias, never what a quantized weight is written in."""
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
-            changed = fn(tensor)
+            changed: torch.Tensor = fn(tensor)
             return changed if tensor is self.bias or changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         return super()._apply(change, recurse)
@@ -89,7 +91,7 @@ class LlmkernelsConfig(QuantizationConfigMixin):
         schemes: Mapping[str, str] | None = None,
         **more: Any,
     ):
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.scheme = str(llmkernels.quant.scheme(scheme))
         self.skip = [skip] if isinstance(skip, str) else list(skip)
         self.schemes = {layer: str(llmkernels.quant.scheme(name)) for layer, name in (schemes or {}).items()}
@@ -127,7 +129,7 @@ class LlmkernelsQuantizer(HfQuantizer):
             if "values" in parts:
                 to, columns = self.quantization_config.scheme_of(name), linear.in_features
                 empty = {part: parts.get(part) for part in PARTS}
-                weight = QuantizedWeight(**empty, scheme=to, in_features=columns)  # type: ignore[arg-type]
+                weight = QuantizedWeight(**empty, scheme=to, in_features=columns)
                 replace(model, name, QuantizedLinear(weight, linear.bias))
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
@@ -156,9 +158,9 @@ class LlmkernelsQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]:
             weight = layer.quantized.dequantize(dtype or torch.float32)
-            dense = torch.nn.Linear(*reversed(weight.shape), bias=layer.bias is not None, device="meta")
+            dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             dense.weight = torch.nn.Parameter(weight, requires_grad=False)
-            dense.bias = layer.bias
+            dense.register_parameter("bias", layer.bias)
             replace(model, name, dense)
         return model
 

@@ -107,7 +107,7 @@ def _compressed_scheme(group: Mapping[str, Any], written: str | None) -> tuple[S
             f"compressed-tensors format {written!r} cannot be read; the readable ones: {', '.join(readable)}"
         )
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), str(weights.get("strategy"))
     if group.get("output_activations"):
         raise ValueError("quantized outputs (output_activations) cannot be read; quantize weights and inputs only")
     if written == "mxfp4-pack-quantized":
