@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 GROUP = 32
+INPUT_SCALE = 0.03  # of static activations
 
 
 def words(codes, bits, dim):
@@ -78,7 +79,9 @@ def eight(draw, rows, columns, order, *, kind="int", by="channel", static=False)
     spread = scales.expand(rows, 1) if by == "channel" else scales
     if by == "block":
         spread = scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    stored = {"weight": values, "weight_scale": scales} | ({"input_scale": torch.tensor([0.03])} if static else {})
+    stored = {"weight": values, "weight_scale": scales} | (
+        {"input_scale": torch.tensor([INPUT_SCALE])} if static else {}
+    )
     return stored, values.float() * spread
 
 

@@ -9,6 +9,14 @@ docs/transformers.md tells the rest.
 
 from collections.abc import Sequence
 
+import transformers
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+    raise ImportError(
+        "llmkernels.integrations.transformers needs transformers 5.23 or newer, whose caches it reads in place; "
+        f"this is {transformers.__version__}: pip install 'llmkernels[transformers]'"
+    )
+
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.quantizers import auto
 
