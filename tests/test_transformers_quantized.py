@@ -6,7 +6,8 @@ import copy
 import pytest
 import torch
 import transformers
-from stored_layers import FORMATS, INPUT_SCALE, checkpoint
+from safetensors.torch import load_file, save_file
+from stored_layers import FORMATS, INPUT_SCALE, checkpoint, layer
 from transformers.quantizers import auto
 
 import llmkernels
@@ -111,11 +112,11 @@ def test_a_quantized_layer_keeps_its_dtypes(dense):
     made = from_pretrained(dense, quantization_config=adapter.LlmkernelsConfig("fp8_block"))
     before = logits(made)
     made = copy.deepcopy(made).to(torch.bfloat16)
-    layer = made.model.layers[0].self_attn.q_proj
-    assert (layer.values.dtype, layer.scales.dtype) == (torch.float8_e4m3fn, torch.float32)
-    assert layer.bias.dtype == made.lm_head.weight.dtype == torch.bfloat16
+    linear = made.model.layers[0].self_attn.q_proj
+    assert (linear.values.dtype, linear.scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert linear.bias.dtype == made.lm_head.weight.dtype == torch.bfloat16
     assert error(logits(made).float(), before) < 0.05
-    assert "256, 256, fp8_block, bias=True" in repr(layer)
+    assert "256, 256, fp8_block, bias=True" in repr(linear)
 
 
 def test_dequantize(dense):
@@ -136,9 +137,9 @@ def stored(tmp_path_factory):
             meant, kind = model(), scheme(FORMATS[name][0])
             folder = checkpoint(tmp_path_factory.mktemp("stored"), name, meant)
             scale = None if kind.dynamic else torch.tensor([INPUT_SCALE])
-            for path, layer in meant.named_modules():
-                if isinstance(layer, torch.nn.Linear) and path != "lm_head":
-                    layer.register_forward_pre_hook(lambda _, args: seen_through(args[0], kind, scale))
+            for path, linear in meant.named_modules():
+                if isinstance(linear, torch.nn.Linear) and path != "lm_head":
+                    linear.register_forward_pre_hook(lambda _, args: seen_through(args[0], kind, scale))
             made[name] = meant, folder
         return made[name]
 
@@ -205,3 +206,17 @@ def test_wrong_uses(dense, stored, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"q_proj\.qzeros has shape \(8, 32\); .* ask for \(4, 32\)"):
         from_pretrained(tmp_path)
+
+
+def test_experts_are_not_left_out_silently(tmp_path):
+    """transformers holds experts in one tensor; quantized ones would be ignored, and random weights used instead."""
+    config = {key: value for key, value in SIZES.items() if key != "attention_bias"}
+    torch.manual_seed(0)
+    made = transformers.MixtralForCausalLM(transformers.MixtralConfig(**config, num_local_experts=2))
+    folder = checkpoint(tmp_path, "GPTQ", made)
+    file = folder / "model.safetensors"
+    expert, _ = layer("GPTQ", 384, 256)
+    name = "model.layers.0.block_sparse_moe.experts.0.w1"
+    save_file(load_file(file) | {f"{name}.{part}": tensor for part, tensor in expert.items()}, file)
+    with pytest.raises(ValueError, match=rf"1 quantized layers that are no linear layers of Mixtral.*{name}"):
+        from_pretrained(folder)

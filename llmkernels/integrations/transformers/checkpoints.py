@@ -23,6 +23,8 @@ from llmkernels.integrations.transformers.quantized import (
 )
 from llmkernels.quant import QuantizedWeight, formats
 
+QUANTIZED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")  # one of these marks a quantized layer
+
 
 class StoredConfig(QuantizationConfigMixin):
     """A quantization_config of config.json, every key kept as it is."""
@@ -74,6 +76,14 @@ class StoredQuantizer(LlmkernelsQuantizer):
                         f"{linear.in_features} ask for {shape}: use the config.json made with this checkpoint"
                     )
             replace(model, name, StoredLinear(tensors, linear.in_features, linear.bias))  # type: ignore[arg-type]
+        read = {name for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+        stored = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] in QUANTIZED}
+        if unread := sorted(stored - read):
+            raise ValueError(
+                f"the checkpoint holds {len(unread)} quantized layers that are no linear layers of "
+                f"{type(model).__name__}, {unread[0]} the first; experts held in one tensor cannot be read: take a "
+                "dense checkpoint, or one of which only attention is quantized"
+            )
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         schemes = {}
