@@ -227,7 +227,9 @@ NORM = "model.norm.weight"
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
-        ({"quantization_config": {"quant_method": "awq"}}, "is quantized"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "quant_method is 'exl2'; the readable ones are gptq, awq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 3}}, "AWQ with bits=3"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "has no tensor .*qweight"),
     ],
 )
 def test_a_config_that_cannot_be(tmp_path, changes, words):

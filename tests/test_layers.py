@@ -37,7 +37,7 @@ LAYERS = {
     "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2"),
     "measuring": Layer("roofline status bench/*", "core quant ops frameworks kit", "torch numpy", ANYTHING),
     "doors": Layer("cli/* __main__", "core quant ops frameworks kit engine measuring", "typer rich", ANYTHING),
-    "adapters": Layer("integrations/*", "core quant ops frameworks", "torch vllm sglang", ANYTHING),
+    "adapters": Layer("integrations/*", "core quant ops frameworks", "torch transformers safetensors vllm sglang", ANYTHING),
     "backends": Layer("backends/*", "", "torch jax triton numpy", "flashinfer"),
     "package": Layer("__init__"),  # the public list: loads everything, and only when it is asked for
 }
