@@ -35,7 +35,9 @@ LAYERS = {
     "frameworks": Layer("torch_library jax_api", "core quant ops", "torch jax numpy"),
     "kit": Layer("memory inputs comparison testing selfcheck", "core quant ops", "torch numpy", "jax"),
     "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2"),
-    "measuring": Layer("roofline status bench/* crosscompile/*", "core quant ops frameworks kit", "torch numpy", ANYTHING),
+    "measuring": Layer(
+        "roofline status bench/* crosscompile/*", "core quant ops frameworks kit", "torch numpy", ANYTHING
+    ),
     "doors": Layer(
         "cli/* integrations/* __main__", "core quant ops frameworks kit engine measuring", "typer rich", ANYTHING
     ),

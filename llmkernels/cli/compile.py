@@ -71,7 +71,7 @@ def compile_(
             rows.append(kept.row(built))
             bar.update(task, advance=1, description=f"{built.launch.kernel} {built.launch.chip.name}")
     told = [(one, what) for one in rows for what in kept.faults(one)]
-    told += list(kept.worse(rows, old)) if old else []
+    told += kept.worse(rows, old) if old else []
     problems += [f"{one['kernel']} on {one['target']}: {what}  [{one['launch']}]" for one, what in told]
     report = kept.report(backend, rows, problems)
     if keep:
@@ -124,12 +124,12 @@ def _show(rows: list[dict[str, Any]], chips: list["Chip"], problems: list[str], 
     if len(problems) > SHOWN:
         screen.print(f"       and {len(problems) - SHOWN} more: --json lists them")
     screen.print(
-        "registers: of a lane; in flight: bytes that resident programs of the benchmarks' calls can have asked for, in\n"
-        "percent of what keeps memory busy: below 100, latency is the limit"
+        "registers: of a lane; in flight: bytes that the resident programs of benchmarks' calls can have asked for,\n"
+        "in percent of what keeps memory busy: below 100, latency is the limit"
     )
     screen.print(f"{what} compiled for {', '.join(chip.name for chip in chips)}: {len(problems)} problems")
 
 
 def _range(numbers: Any) -> str:
     values = sorted(round(number) for number in numbers)
-    return "" if not values else str(values[0]) if values[0] == values[-1] else f"{values[0]}–{values[-1]}"
+    return "" if not values else str(values[0]) if values[0] == values[-1] else f"{values[0]}-{values[-1]}"

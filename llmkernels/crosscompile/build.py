@@ -106,6 +106,7 @@ def _work(launches: Sequence[Launch], pipe: Connection) -> None:
             number = pipe.recv()
         except EOFError:
             return
+        answer: tuple[Resources | None, str]
         try:
             answer = (_compiled(launches[number]), "")
         except Exception as error:  # whatever a compiler raises is why the kernel was not compiled

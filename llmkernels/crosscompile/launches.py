@@ -1,8 +1,8 @@
 """Which kernels a backend really launches on a chip that is not here, and how each of them is specialised.
 
-Every call of the contracts and of the benchmarks is made as if the chip were Triton's current device; where Triton would
-compile, the specialisation is written down instead, and nothing is launched.  So there is no second list to keep: a
-kernel that no call reaches is found by `unreached`.
+Every call of the contracts and of the benchmarks is made as if the chip were Triton's current device; where Triton
+would compile, the specialisation is written down instead, and nothing is launched.  So there is no second list to keep:
+a kernel that no call reaches is found by `unreached`.
 """
 
 import ast
@@ -234,7 +234,7 @@ def _standing_in(chip: Chip) -> Iterator[list[tuple]]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", write_down))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(chip)))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", lambda: None))  # as arrays on no GPU say
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=None))  # as arrays here say
         yield noted
 
 

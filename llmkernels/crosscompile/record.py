@@ -44,7 +44,7 @@ def faults(one: Mapping[str, Any]) -> Iterator[str]:
         yield "no program of it fits a unit"
 
 
-def worse(rows: Iterable[Mapping[str, Any]], kept: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+def worse(rows: Iterable[dict[str, Any]], kept: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Rows that take more registers, or resident programs fewer, than the same launch did when it was kept.
 
     Nothing is compared across versions of Triton: another compiler is another answer.

@@ -61,8 +61,8 @@ def measure(kernel: Any, chip: Chip, warps: int) -> Resources:
 def products(ttir: str, chip: Chip) -> list[str]:
     """Element types of the tt.dot operations of a kernel that its chip has matrix instructions for.
 
-    float32 counts where it may be rounded to TF32 or where the chip multiplies float32 as it is: not on RDNA, and not on
-    NVIDIA with input precision ieee.
+    float32 counts where it may be rounded to TF32 or where the chip multiplies float32 as it is: not on RDNA, and not
+    on NVIDIA with input precision ieee.
     """
     found = set()
     for line in ttir.splitlines():
