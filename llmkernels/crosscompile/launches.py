@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -103,7 +104,7 @@ def record(
         call = _large(contract, case, dtype, cache) if bench else inputs(contract, case, dtype)
         contract.validate(call)
         for chip in chips:
-            with _standing_in(chip) as noted:
+            with _standing_in(chip, backend) as noted:
                 try:
                     if any(reason[0] != "DEVICE" for reason in module.refuse(**call)):  # type: ignore[union-attr]
                         continue
@@ -219,7 +220,7 @@ class _Driver:
 
 
 @contextmanager
-def _standing_in(chip: Chip) -> Iterator[list[tuple]]:
+def _standing_in(chip: Chip, backend: str) -> Iterator[list[tuple]]:
     """The chip as the device that torch and Triton see; yields the list that launches are written to."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -234,8 +235,49 @@ def _standing_in(chip: Chip) -> Iterator[list[tuple]]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", write_down))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(chip)))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=None))  # as arrays here say
+        for name, answer in _told_by_torch(chip).items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
+        stack.enter_context(mock.patch.object(torch.version, "hip", "7.0" if chip.vendor == "hip" else None))
+        for forget in _remembered(backend):  # what the backend keeps about the device it saw last
+            forget()
         yield noted
+
+
+@cache
+def _told_by_torch(chip: Chip) -> dict[str, Any]:
+    """What functions of torch.cuda say of the chip."""
+    major, minor = divmod(chip.arch, 10) if isinstance(chip.arch, int) else (int(chip.arch[3:-2], 16), 0)
+    properties = SimpleNamespace(
+        name=chip.product,
+        major=major,
+        minor=minor,
+        multi_processor_count=chip.units,
+        shared_memory_per_block_optin=chip.shared_block,
+        shared_memory_per_multiprocessor=chip.shared_unit,
+        gcnArchName=chip.name,
+        warp_size=chip.wave,
+    )
+    return {
+        "get_device_properties": properties,
+        "get_device_capability": (major, minor),
+        "get_device_name": chip.product,
+        "current_device": None,  # the index of every array's device here
+    }
+
+
+@cache
+def _remembered(backend: str) -> list[Callable[[], None]]:
+    return [value.cache_clear for module in _modules(backend) for value in vars(module).values() if _is_cache(value)]
+
+
+def _is_cache(value: Any) -> bool:
+    return callable(getattr(value, "cache_clear", None)) and callable(getattr(value, "cache_info", None))
+
+
+@cache
+def _modules(backend: str) -> list[ModuleType]:
+    package = import_module(backends()[backend])
+    return [import_module(f"{package.__name__}.{file.name}") for file in pkgutil.iter_modules(package.__path__)]
 
 
 @cache
@@ -243,14 +285,12 @@ def _kernels(backend: str) -> dict[str, Any]:
     """Every function that Triton compiles in the backend's files, by file and name."""
     from triton.runtime.jit import JITFunction
 
-    package = import_module(backends()[backend])
-    found = {}
-    for file in pkgutil.iter_modules(package.__path__):
-        module = import_module(f"{package.__name__}.{file.name}")
-        for value in vars(module).values():
-            if isinstance(value, JITFunction) and value.module == module.__name__:
-                found[f"{file.name}.{value.fn.__name__}"] = value
-    return found
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{value.fn.__name__}": value
+        for module in _modules(backend)
+        for value in vars(module).values()
+        if isinstance(value, JITFunction) and value.module == module.__name__
+    }
 
 
 def _called(function: Any) -> set[Any]:
