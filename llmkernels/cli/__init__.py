@@ -110,6 +110,6 @@ def _note(message: Any, *_: Any, **__: Any) -> None:
     print(f"llmkernels: note: {lines[0]}" + (f" ({lines[-1].strip()})" if len(lines) > 1 else ""), file=sys.stderr)
 
 
-from llmkernels.cli import bench, compile, conformance, doctor, generate, ops, status  # noqa: E402  they register themselves
+from llmkernels.cli import bench, compile, conformance, doctor, generate, ops, status, tune  # noqa: E402  they register themselves
 
-__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "status"]
+__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "status", "tune"]
