@@ -11,9 +11,12 @@ arguments that must not change, bytes of written arguments that must stay, and t
 `deterministic` is declared.
 """
 
+import multiprocessing
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -55,20 +58,40 @@ def conform(
     case: str | None = None,
     device: str = "cpu",
     emulate: bool = False,
+    jobs: int = 1,
 ) -> Iterator[Result]:
     """Every case of `op` (of all ops) in every dtype on `backend`.  `case` is a part of the names to keep.
+
+    jobs: processes at once, each with one thread; more than one on the CPU only.  Results keep their order.
 
     Raises:
         ValueError: no such op or backend, no emulation where one is asked for, or what the backend lacks here.
     """
+    if jobs > 1 and device != "cpu":
+        raise ValueError(f"jobs is {jobs} on {device}; several processes at once are for the CPU")
     if backend != REFERENCE and not emulate and (why := absent(backend)):
         raise ValueError(f"{backend} cannot be used here: {why}")
     if emulate:
         with emulated(backend):
-            yield from conform(backend, op, dtype, case, device)
+            yield from conform(backend, op, dtype, case, device, jobs=jobs)
         return
-    for call in calls(op, dtype, case):
-        yield check(*call, backend, device)
+    if jobs == 1:
+        for call in calls(op, dtype, case):
+            yield check(*call, backend, device)
+        return
+    if backend != REFERENCE:
+        for entry in OPS.values():  # loaded once, before the processes part
+            implementation(backend, entry.name)
+    names = [(contract.name, kind, one.name) for contract, kind, one in calls(op, dtype, case)]
+    forked = multiprocessing.get_context("fork")  # keeps an emulation that is on
+    with ProcessPoolExecutor(jobs, forked, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(partial(_check_named, backend), names)
+
+
+def _check_named(backend: str, names: tuple[str, str, str]) -> Result:
+    op, dtype, case = names
+    contract = OPS[op].contract
+    return check(contract, dtype, next(one for one in contract.cases if one.name == case), backend)
 
 
 def calls(

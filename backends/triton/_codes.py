@@ -1,7 +1,7 @@
 """Stored weights become numbers a matrix unit multiplies, exactly.  Parts of the kernels in _product.py.
 
-int4   two a byte, even columns low: 0..15 - zero point          int8   -128..127 - zero point
-mxfp4  two a byte: e2m1, doubled, so that they are integers      fp8    e4m3
+    int4   two a byte, even columns low: 0..15 - zero point          int8   -128..127 - zero point
+    mxfp4  two a byte: e2m1, doubled, so that they are integers      fp8    e4m3
 """
 
 import triton

@@ -8,8 +8,8 @@ table has for this device, this Triton and this kind of call.  Nothing is measur
 The key is made by `key`, from the device's name, Triton's version, the kernel, and the names and values that its op
 passes: dtypes, head sizes, and buckets of lengths (powers of two).  A table is one JSON object: two merge by union, a
 copy of the file pins it.  Read are, the later ones over the earlier: every backends/triton/tuned/*.json, then
-triton-tuned.json in the cache folder, or instead of it the file that LLMKERNELS_TUNED names.  A damaged file is named in
-one warning and adds nothing; nor does an entry that its kernel cannot take: the heuristic chooses.
+triton-tuned.json in the cache folder, or instead of it the file that LLMKERNELS_TUNED names.  A damaged file is named
+in one warning and adds nothing; nor does an entry that its kernel cannot take: the heuristic chooses.
 """
 
 import functools
