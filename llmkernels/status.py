@@ -96,8 +96,12 @@ def rows(known: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sentence(row: Mapping[str, Any]) -> str:
-    """'ran on NVIDIA H200', 'emulated (40 of 51 cases)', 'no record' ...: cases, where some were refused or failed."""
-    words = f"{row['evidence']} on {row['device']}" if row["evidence"] in ("ran", "failed") else str(row["evidence"])
+    """'ran on NVIDIA H200', 'emulated (40 of 51 cases)', 'compiled for gfx942', 'no record' ...
+
+    Cases are counted where some were refused or failed; what is compiled are not cases but kernels' specialisations.
+    """
+    place = {"ran": " on ", "failed": " on ", "compiled": " for "}.get(row["evidence"])
+    words = f"{row['evidence']}{place}{row['device']}" if place else str(row["evidence"])
     if not row["passed"] or not (row["refused"] or row["failed"]):
         return words
     return f"{words} ({row['passed']} of {sum(row[name] for name in COUNTS)} cases)"
@@ -111,13 +115,21 @@ def markdown(table: Iterable[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for line in cells.values() for name in line))
     lines: dict[tuple[str, ...], list[str]] = {}
     for (op, dtype), line in cells.items():
-        words = ["<br>".join(dict.fromkeys(line.get(name, ["no kernel"]))) for name in names]
+        words = ["<br>".join(_joined(line.get(name, ["no kernel"]))) for name in names]
         lines.setdefault((op, *words), []).append(dtype)
     text = [f"| op | dtypes | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for (op, *words), dtypes in lines.items():
         said = " | ".join("—" if word == "no kernel" else word for word in words)
         text.append(f"| `{op}` | {' '.join(dtypes)} | {said} |")
     return "\n".join(text)
+
+
+def _joined(sentences: Iterable[str]) -> list[str]:
+    """Each sentence once, and one for all chips that something was compiled for."""
+    start = "compiled for "
+    chips = [sentence.removeprefix(start) for sentence in sentences if sentence.startswith(start)]
+    others = [sentence for sentence in dict.fromkeys(sentences) if not sentence.startswith(start)]
+    return others + ([start + ", ".join(dict.fromkeys(chips))] if chips else [])
 
 
 def has_kernel(op: str) -> list[str]:

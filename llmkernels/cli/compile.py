@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmkernels.crosscompile.chips import Chip
 
 CACHE = Path("build") / "triton"
-MOST = 12
+MOST = 8
 SHOWN = 60  # problems on the screen; --json has them all
 
 
@@ -72,7 +72,7 @@ def compile_(
             bar.update(task, advance=1, description=f"{built.launch.kernel} {built.launch.chip.name}")
     told = [(one, what) for one in rows for what in kept.faults(one)]
     told += kept.worse(rows, old) if old else []
-    problems += [f"{one['kernel']} on {one['target']}: {what}  [{one['launch']}]" for one, what in told]
+    problems += _sentences(told)
     report = kept.report(backend, rows, problems)
     if keep:
         kept.write(keep, report)
@@ -84,6 +84,18 @@ def compile_(
         _show(rows, wanted, problems, f"{len(selected)} of {len(found)} specialisations")
     if problems:
         raise typer.Exit(1)
+
+
+def _sentences(told: list[tuple[dict[str, Any], str]]) -> list[str]:
+    """One sentence for each thing that is wrong with a kernel: where, and for which of its specialisations first."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one, what in told:
+        groups.setdefault((one["kernel"], what), []).append(one)
+    return [
+        f"{kernel} on {', '.join(dict.fromkeys(one['target'] for one in ones))}: {what}  "
+        f"[{len(ones)} specialisations; {ones[0]['launch']}]"
+        for (kernel, what), ones in groups.items()
+    ]
 
 
 def _show(rows: list[dict[str, Any]], chips: list["Chip"], problems: list[str], what: str) -> None:

@@ -110,9 +110,18 @@ def _work(launches: Sequence[Launch], pipe: Connection) -> None:
         try:
             answer = (_compiled(launches[number]), "")
         except Exception as error:  # whatever a compiler raises is why the kernel was not compiled
-            text = " ".join(str(error).split())
-            answer = (None, f"{type(error).__name__}: {text[:300]}")
+            answer = (None, _why(error))
         pipe.send(answer)
+
+
+def _why(error: BaseException) -> str:
+    """The innermost message, and the line of source that it is about: Triton prints the whole kernel around them."""
+    while error.__cause__:
+        error = error.__cause__
+    said = getattr(error, "error_message", None) or str(error)
+    text = f"{type(error).__name__}: {' '.join(str(said).split())[:300]}"
+    source, node = getattr(error, "src", None), getattr(error, "node", None)
+    return f"{text}, in: {source.splitlines()[node.lineno - 1].strip()}" if source and node else text
 
 
 def _compiled(launch: Launch) -> Resources:

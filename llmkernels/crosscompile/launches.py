@@ -142,23 +142,26 @@ def unreached(backend: str, launches: list[Launch]) -> list[str]:
 
 
 def chosen(launches: list[Launch], most: int) -> list[Launch]:
-    """Of each kernel and chip the launches of benchmarks, and of the others enough that every feature comes once.
+    """Of each kernel and chip at most `most`: half of them launches of benchmarks, the rest what adds most features.
 
-    most: at most so many of each kernel on each chip.
+    Where there is room, every value of every constant and every type of every argument comes at least once.
     """
     groups: dict[tuple[str, str], list[Launch]] = {}
     for launch in launches:
         groups.setdefault((launch.kernel, launch.chip.name), []).append(launch)
-    return [launch for group in groups.values() for launch in _cover(group)[:most]]
+    found = []
+    for group in groups.values():
+        kept = _cover([launch for launch in group if launch.timed], [], -(-most // 2))
+        found += _cover(group, kept, most)
+    return found
 
 
-def _cover(group: list[Launch]) -> list[Launch]:
-    """The group in an order in which each next one adds the most that is new; those that add nothing are left out."""
-    kept: list[Launch] = []
-    have: set[tuple[str, Any]] = set()
-    rest = list(group)
-    while rest:
-        best = max(rest, key=lambda launch: (len(launch.features - have), launch.timed))
+def _cover(group: list[Launch], kept: list[Launch], most: int) -> list[Launch]:
+    """`kept`, and of the group whatever adds the most features next, until nothing is new or there are enough."""
+    kept, rest = list(kept), list(group)
+    have = set().union(*(launch.features for launch in kept))
+    while rest and len(kept) < most:
+        best = max(rest, key=lambda launch: len(launch.features - have))
         if not best.features - have:
             break
         kept.append(best)
