@@ -52,8 +52,10 @@ def power(n, least=1, most=2**31):
 def launch(kernel, grid, x, *args, **options):
     """Start `kernel` on the device of x, on its current stream, unless the grid is empty.
 
-    Triton starts kernels on torch's current device, whatever the arrays' own is.
+    Triton starts kernels on torch's current device, whatever the arrays' own is.  Products and sums are fused: Triton
+    3.10 does so only where asked.
     """
+    options["enable_fp_fusion"] = True
     if 0 in grid:
         return
     if INTERPRETED:
