@@ -7,7 +7,7 @@ PROMPT ?= DESCRIPTION\nThe open() system call opens the file specified by pathna
 INSTALLED := .venv/.installed
 BUILT := .venv/.built
 
-.PHONY: help venv demo test test-all test-sanitize bench readme clean
+.PHONY: help venv demo test test-all test-sanitize compile-gpu bench readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,9 @@ test-sanitize: venv  ## the CPU kernels under AddressSanitizer and UBSan, throug
 	for isa in avx2 portable; do cd $(CURDIR)/$(SANITIZED)/installed && LLMKERNELS_CPU_ISA=$$isa LD_PRELOAD='$(PRELOAD)' \
 		ASAN_OPTIONS=detect_leaks=0 LLMKERNELS_VERIFY=0 $(CURDIR)/$(BIN)/python -m llmkernels conformance --backend cpu \
 		|| exit 1; done
+
+compile-gpu: venv  ## the Triton kernels compiled for eight GPUs, without one: registers, spills, matrix instructions
+	$(BIN)/llmkernels compile --backend triton --against bench/results/compiled-triton.json
 
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers

@@ -184,7 +184,7 @@ def _calls(backend: str, op: str | None) -> Iterator[tuple[Contract, str, Case, 
 
 
 def _large(contract: Contract, case: Case, dtype: str, cache: Path) -> dict[str, Any]:
-    """The call of a benchmark, without the numbers: drawing them takes a minute in all, so shapes and strides are kept."""
+    """The call of a benchmark.  Drawing its numbers takes a minute in all, so shapes and strides are kept instead."""
     made_by = [inspect.getsource(inspect.getmodule(part)) for part in (contract.inputs, inputs, quant.quantizer)]  # type: ignore[arg-type]
     code = zlib.crc32(repr([made_by, case.name, dict(case.args), dtype, torch.__version__]).encode())
     file = cache / "calls" / f"{contract.name}-{code:08x}.pt"
