@@ -9,7 +9,7 @@ BUILT := .venv/.built
 VLLM := .venv-vllm
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all test-sanitize test-vllm peers bench bench-vllm readme clean
+.PHONY: help venv demo test test-all test-sanitize test-vllm compile-gpu peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -58,6 +58,9 @@ test-vllm: $(VLLM)/.installed  ## vLLM on the CPU, in .venv-vllm: same tokens wi
 
 bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, into bench/results/
 	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time --record
+
+compile-gpu: venv  ## the Triton kernels compiled for eight GPUs, without one: registers, spills, matrix instructions
+	$(BIN)/llmkernels compile --backend triton --against bench/results/compiled-triton.json
 
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers

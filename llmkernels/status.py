@@ -99,10 +99,13 @@ def rows(known: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sentence(row: Mapping[str, Any]) -> str:
-    """'ran on NVIDIA H200', 'emulated (40 of 51 cases)', 'no record' ...: cases, where some were refused or failed."""
-    words = str(row["evidence"])
-    if row["evidence"] in ("ran", "failed"):
-        words += f" on {row['device']}" + (f": {row[ISA]}" if row[ISA] else "")
+    """'ran on NVIDIA H200', 'emulated (40 of 51 cases)', 'compiled for gfx942', 'no record' ...
+
+    Cases are counted where some were refused or failed; what is compiled are not cases but kernels' specialisations.
+    """
+    place = {"ran": " on ", "failed": " on ", "compiled": " for "}.get(row["evidence"])
+    words = f"{row['evidence']}{place}{row['device']}" if place else str(row["evidence"])
+    words += f": {row[ISA]}" if place and row[ISA] else ""
     if not row["passed"] or not (row["refused"] or row["failed"]):
         return words
     return f"{words} ({row['passed']} of {sum(row[name] for name in COUNTS)} cases)"
@@ -116,7 +119,7 @@ def markdown(table: Iterable[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for line in cells.values() for name in line))
     lines: dict[tuple[str, ...], list[str]] = {}
     for (op, dtype), line in cells.items():
-        words = ["<br>".join(dict.fromkeys(line.get(name, ["no kernel"]))) for name in names]
+        words = ["<br>".join(_of_chips(line.get(name, ["no kernel"]))) for name in names]
         lines.setdefault((op, *words), []).append(dtype)
     text = [f"| op | dtypes | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for (op, *words), dtypes in lines.items():
@@ -133,6 +136,14 @@ def _joined(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         names = [found[key][ISA], row[ISA]] if key in found else [row[ISA]]
         found[key] = dict(row) | {ISA: ", ".join(filter(None, names)) or None}
     return list(found.values())
+
+
+def _of_chips(sentences: Iterable[str]) -> list[str]:
+    """Each sentence once, and one for all chips that something was compiled for."""
+    start = "compiled for "
+    chips = [sentence.removeprefix(start) for sentence in sentences if sentence.startswith(start)]
+    others = [sentence for sentence in dict.fromkeys(sentences) if not sentence.startswith(start)]
+    return others + ([start + ", ".join(dict.fromkeys(chips))] if chips else [])
 
 
 def has_kernel(op: str) -> list[str]:

@@ -17,7 +17,7 @@ from llmkernels.cli.doctor import PREFIXES
 from llmkernels.engine.llm import shipped_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("ops", "explain", "doctor", "status", "conformance", "bench", "generate")
+COMMANDS = ("ops", "explain", "doctor", "status", "conformance", "compile", "tune", "bench", "generate")
 WITHOUT = """
 import sys
 class Missing:

@@ -35,9 +35,13 @@ LAYERS = {
     "frameworks": Layer("torch_library jax_api", "core quant ops", "torch jax numpy"),
     "kit": Layer("memory inputs comparison testing selfcheck", "core quant ops", "torch numpy", "jax"),
     "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2"),
-    "measuring": Layer("roofline status bench/*", "core quant ops frameworks kit", "torch numpy", ANYTHING),
+    "measuring": Layer(
+        "roofline status bench/* crosscompile/*", "core quant ops frameworks kit", "torch numpy", ANYTHING
+    ),
     "doors": Layer("cli/* __main__", "core quant ops frameworks kit engine measuring", "typer rich", ANYTHING),
-    "adapters": Layer("integrations/*", "core quant ops frameworks", "torch transformers safetensors vllm sglang", ANYTHING),
+    "adapters": Layer(
+        "integrations/*", "core quant ops frameworks", "torch transformers safetensors vllm sglang", ANYTHING
+    ),
     "backends": Layer("backends/*", "", "torch jax triton numpy", "flashinfer"),
     "package": Layer("__init__"),  # the public list: loads everything, and only when it is asked for
 }
