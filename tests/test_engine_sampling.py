@@ -148,3 +148,19 @@ def test_wishes_that_this_model_cannot_fulfil(llm):
         llm.generate([1], SamplingParams(logit_bias={10**6: 1.0}))
     with llmkernels.use(policy="silent"), pytest.raises(ValueError, match="stop is given and this LLM has tokenizer"):
         LLM(tokenizer=False).generate([1], SamplingParams(stop="x"))
+
+
+def test_the_likeliest_tokens_are_told(llm):
+    """Rows that ask for different numbers of them, in one batch."""
+    plain, three, five = (SamplingParams(max_tokens=4, top_logprobs=k, logprobs=k == 5) for k in (0, 3, 5))
+    outputs = llm.generate(["The ls command lists"] * 3, [plain, three, five])
+    assert outputs[0].top_logprobs == outputs[0].logprobs == outputs[1].logprobs == []
+    assert [len(top) for top in outputs[1].top_logprobs] == [3] * 4
+    assert [len(top) for top in outputs[2].top_logprobs] == [5] * 4
+    for token, logprob, top, fewer in zip(
+        outputs[2].tokens, outputs[2].logprobs, outputs[2].top_logprobs, outputs[1].top_logprobs, strict=True
+    ):
+        assert next(iter(top)) == token  # greedy
+        assert top[token] == pytest.approx(logprob)
+        assert [*top.values()] == sorted(top.values(), reverse=True)
+        assert list(fewer) == list(top)[:3]

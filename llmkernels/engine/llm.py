@@ -1,13 +1,14 @@
 """LLM(...).generate and .stream: requests in, text out, and the loop between."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
@@ -24,60 +25,6 @@ Prompt = str | list[int]
 def shipped_model(name: str = "manual-5m") -> Path:
     """The directory of a checkpoint that comes with the package: 'manual-5m', or 'manual-5m-draft' (no tokenizer)."""
     return Path(__file__).parent.parent / "models" / name
-
-
-@dataclass(eq=False)
-class Output:
-    """One answer to a request and what became of it so far; finished when finish_reason is set.
-
-    prompt_tokens: the ids of the prompt, as the model read them.
-    params, seed: how it is sampled; the seed is the one drawn where params name none.
-    tokens: the ids generated, a stop token included.
-    text: of `tokens`, without special tokens, without the stop token or string, without the bytes of an unfinished
-        character, and, until finished, without what may turn out to be a stop string.  Empty where the LLM has no
-        tokenizer.
-    logprobs: ln p of each of `tokens`, if params.logprobs.
-    finish_reason: None (unfinished), 'stop' (a stop token or string), 'length' (max_tokens or the context), 'abort'.
-    """
-
-    prompt_tokens: list[int]
-    params: SamplingParams
-    seed: int
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[float] = field(default_factory=list)
-    _sequence: Sequence = field(repr=False, kw_only=True)
-    _detokenizer: Detokenizer | None = field(repr=False, kw_only=True)
-    _stops: StopStrings = field(repr=False, kw_only=True)
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self._sequence.finish_reason
-
-    @property
-    def cached_tokens(self) -> int:
-        """How many tokens of the prompt had their keys in the cache when the request first ran."""
-        return self._sequence.cached or 0
-
-    def _receive(self, token: int, logprob: float | None) -> bool:
-        """Take the next token in; True where the text ends before a stop string."""
-        self.tokens.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        if not self._detokenizer:
-            return False
-        piece = "" if self.finish_reason == "stop" else self._detokenizer.push(token)
-        piece, ended = self._stops.push(piece)
-        self.text += piece if ended or not self.finish_reason else piece + self._stops.flush()
-        return ended
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The next piece of a streamed text, and the request as it stands after it.  Joined texts give output.text."""
-
-    text: str
-    output: Output
 
 
 class LLM:
@@ -210,11 +157,11 @@ class LLM:
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
-        tokens, logprobs = self._runner.run(chunks)
-        self._scheduler.advance(chunks, tokens)
+        choices = self._runner.run(chunks)
+        self._scheduler.advance(chunks, [chosen.token for chosen in choices])
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
-        for output, token, logprob in zip(ends, tokens, logprobs, strict=True):
-            if output._receive(token, logprob):
+        for output, chosen in zip(ends, choices, strict=True):
+            if output._receive(chosen):
                 self._scheduler.end(output._sequence)
                 output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
         return True
@@ -230,17 +177,13 @@ class LLM:
         return self.tokenizer.encode(text).ids
 
     def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
-        sent = dict.fromkeys(outputs, 0)  # characters, of those that are unfinished
+        feed = Feed(outputs)
         try:
-            while sent:
-                news = False
-                for output, count in [*sent.items()]:
-                    finished = output.finish_reason is not None  # maybe by another stream's steps
-                    if finished or len(output.text) > count:
-                        piece, sent[output], news = output.text[count:], len(output.text), True
-                        yield Delta(piece, output)
-                    if finished:
-                        del sent[output]
+            while feed:
+                news = False  # maybe by another stream's steps
+                for delta in feed.news():
+                    news = True
+                    yield delta
                 if not news:
                     self.step()
         finally:

@@ -4,7 +4,8 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -12,6 +13,7 @@ import llmkernels
 
 _MASK = 2**64 - 1
 MOST_ANSWERS = 128  # to one prompt
+MOST_LOGPROBS = 20  # of one token
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class SamplingParams:
     ignore_eos: go on after the checkpoint's end-of-text tokens (stop_token_ids still end the text).
     logprobs: also return ln p of each generated token, of the model's own distribution: before penalties,
         biases, temperature and cuts.
+    top_logprobs: also those of so many likeliest tokens in its place.
     """
 
     n: int = 1
@@ -53,6 +56,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         _check("n", self.n, int, 1, MOST_ANSWERS)
@@ -66,6 +70,7 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, float, 1e-2, 1e2)
         _check("presence_penalty", self.presence_penalty, float, -100, 100)
         _check("frequency_penalty", self.frequency_penalty, float, -100, 100)
+        _check("top_logprobs", self.top_logprobs, int, 0, MOST_LOGPROBS)
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias is {self.logit_bias!r:.80}; give a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
@@ -111,20 +116,32 @@ class Answer(Protocol):
     tokens: list[int]
 
 
-def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> tuple[list[int], list[float | None]]:
-    """The next token of each answer, and its ln p where it asks for that.  logits: the model's, [answers vocab]."""
+class Chosen(NamedTuple):
+    """A token, its ln p where that was asked for, and those of the likeliest tokens, as many as were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: Mapping[int, float] = MappingProxyType({})
+
+
+def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Chosen]:
+    """The next token of each answer.  logits: the model's, [answers vocab]."""
     params = [answer.params for answer in answers]
     tokens = llmkernels.sample(
         adjusted(logits, answers),
         _column([uniform(answer.seed, len(answer.tokens)) for answer in answers], logits),
         **_options(params, logits),
     )
-    logprobs: list[float | None] = [None] * len(params)
-    if rows := [r for r, p in enumerate(params) if p.logprobs]:
-        chosen = logits[rows].float().log_softmax(-1).gather(1, tokens[rows, None])
-        for row, value in zip(rows, chosen[:, 0].tolist(), strict=True):
-            logprobs[row] = value
-    return tokens.tolist(), logprobs
+    chosen = [Chosen(token) for token in tokens.tolist()]
+    if rows := [r for r, p in enumerate(params) if p.logprobs or p.top_logprobs]:
+        logprobs = logits[rows].float().log_softmax(-1)
+        values, ids = logprobs.topk(min(max(params[r].top_logprobs for r in rows), logits.shape[1]))
+        own = logprobs.gather(1, tokens[rows, None])[:, 0].tolist()
+        for row, value, names, best in zip(rows, own, ids.tolist(), values.tolist(), strict=True):
+            count = params[row].top_logprobs
+            top = dict(zip(names[:count], best[:count], strict=True))
+            chosen[row] = Chosen(chosen[row].token, value if params[row].logprobs else None, top)
+    return chosen
 
 
 def adjusted(logits: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
