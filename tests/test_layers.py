@@ -35,10 +35,15 @@ LAYERS = {
     "frameworks": Layer("torch_library jax_api", "core quant ops", "torch jax numpy"),
     "kit": Layer("memory inputs comparison testing selfcheck", "core quant ops", "torch numpy", "jax"),
     "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2"),
+    "server": Layer(
+        "server/*",
+        "core quant ops frameworks engine",
+        "fastapi jinja2 prometheus_client pydantic starlette tokenizers",
+    ),
     "measuring": Layer(
         "roofline status bench/* crosscompile/*", "core quant ops frameworks kit", "torch numpy", ANYTHING
     ),
-    "doors": Layer("cli/* __main__", "core quant ops frameworks kit engine measuring", "typer rich", ANYTHING),
+    "doors": Layer("cli/* __main__", "core quant ops frameworks kit engine measuring server", "typer rich", ANYTHING),
     "adapters": Layer(
         "integrations/*", "core quant ops frameworks", "torch transformers safetensors vllm sglang", ANYTHING
     ),

@@ -115,6 +115,16 @@ def _note(message: Any, *_: Any, **__: Any) -> None:
     print(f"llmkernels: note: {lines[0]}" + (f" ({lines[-1].strip()})" if len(lines) > 1 else ""), file=sys.stderr)
 
 
-from llmkernels.cli import bench, compile, conformance, doctor, generate, ops, status, tune  # noqa: E402  they register themselves
+from llmkernels.cli import (  # noqa: E402  they register themselves
+    bench,
+    compile,
+    conformance,
+    doctor,
+    generate,
+    ops,
+    serve,
+    status,
+    tune,
+)
 
-__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "status", "tune"]
+__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "serve", "status", "tune"]

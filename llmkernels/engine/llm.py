@@ -170,6 +170,20 @@ class LLM:
         """End a request now and free its pages; nothing happens to a finished one."""
         self._scheduler.end(output._sequence)
 
+    def stats(self) -> dict[str, int]:
+        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse."""
+        scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "pages_used": pool.pages - pool.free,
+            "pages_idle": pool.idle,
+            "pages_empty": pool.free - pool.idle,
+            "preemptions": scheduler.preemptions,
+            "prefix_asked_tokens": prefix.asked if prefix else 0,
+            "prefix_found_tokens": prefix.found if prefix else 0,
+        }
+
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
         if self.tokenizer is None:
@@ -212,9 +226,8 @@ class LLM:
         for i in range(params.n):
             sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=salt)
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
-            output = Output(
-                ids, params, fork_seed(seed, i), _sequence=sequence, _detokenizer=text, _stops=StopStrings(params.stop)
-            )
+            stops = StopStrings(params.stop)
+            output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
             sequence.payload = output
             outputs.append(output)
         outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]

@@ -1,5 +1,6 @@
 """What comes back: an Output for each answer, and the Deltas by which it grows."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ class Output:
     """One answer to a request and what became of it so far; finished when finish_reason is set.
 
     prompt_tokens: the ids of the prompt, as the model read them.
+    index: which of the params.n answers it is, from 0.
     params, seed: how it is sampled; the seed is the one drawn where params name none.
     tokens: the ids generated, a stop token included.
     text: of `tokens`, without special tokens, without the stop token or string, without the bytes of an unfinished
@@ -20,16 +22,19 @@ class Output:
         tokenizer.
     logprobs: ln p of each of `tokens`, if params.logprobs.
     top_logprobs: for each of `tokens`, the params.top_logprobs likeliest ids and their ln p, the likeliest first.
+    arrived: time.monotonic() when it was asked for.
     finish_reason: None (unfinished), 'stop' (a stop token or string), 'length' (max_tokens or the context), 'abort'.
     """
 
     prompt_tokens: list[int]
     params: SamplingParams
     seed: int
+    index: int = 0
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Mapping[int, float]] = field(default_factory=list)
+    arrived: float = field(default_factory=time.monotonic)
     _sequence: Sequence = field(repr=False, kw_only=True)
     _detokenizer: Detokenizer | None = field(repr=False, kw_only=True)
     _stops: StopStrings = field(repr=False, kw_only=True)
@@ -62,10 +67,12 @@ class Output:
 class Delta:
     """What an output has grown by: joined texts give output.text, joined tokens output.tokens.
 
+    start: where `tokens` begin among the output's.
     finish_reason: as of this delta, which is the output's last one where it is set.
     """
 
     text: str
+    start: int
     tokens: list[int]
     finish_reason: str | None
     output: Output
@@ -88,4 +95,4 @@ class Feed:
                 self._told[output] = len(output.text), len(output.tokens)
                 if reason:
                     del self._told[output]
-                yield Delta(output.text[characters:], output.tokens[tokens:], reason, output)
+                yield Delta(output.text[characters:], tokens, output.tokens[tokens:], reason, output)
