@@ -47,7 +47,7 @@ test-vllm: $(VLLM)/.installed  ## vLLM on the CPU, in .venv-vllm: same tokens wi
 	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py
 
 bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, into bench/results/
-	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time --record
+	for dtype in float32 bfloat16; do (cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time $$dtype --record); done
 
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers
