@@ -33,6 +33,7 @@ OFFLINE = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 NORMS = {"ir_op_priority": {"rms_norm": ["llmkernels"], "fused_add_rms_norm": ["llmkernels"]}}
+ATTENTION = {"vLLM CPU_ATTN": {}, "llmkernels": {"LLMKERNELS_VLLM": "1"}}
 BUDGET, NEW, BLOCK = 128, 24, 32  # tokens a step, tokens generated, tokens a page
 ENGINE = {
     "model": str(MODEL),
@@ -118,13 +119,15 @@ def agree() -> None:
             check(f"{name}: rms_norm answered every norm of every step", calls == {"cpu": due}, f"{due}; {calls}")
 
 
-def measure(dtype: str, repeats: int, out: Path | None) -> None:
+def measure(dtype: str, only: str | None, repeats: int, out: Path | None) -> None:
     """Time a token beside vLLM's own attention: 8 sequences of about 1500 keys, prompts in steps of 2048 tokens."""
     ids, new = tokens(), 65
     asked = [ids[i : i + 1500] for i in range(0, 8 * 100, 100)]
     engine = ENGINE | {"max_num_batched_tokens": 2048, "dtype": dtype}
     rows = []
-    for name, environment in (("vLLM CPU_ATTN", {}), ("llmkernels", {"LLMKERNELS_VLLM": "1"})):
+    for name, environment in ATTENTION.items():
+        if only not in (None, name):
+            continue
         found = serve({"engine": engine, "new": new, "prompts": asked, "repeats": repeats}, **environment)
         due = found["layers"] * len(found["steps"]) if environment else 0
         calls = sum(row["calls"] for row in found["ledger"].get("paged_attention", {}).values())
@@ -134,7 +137,7 @@ def measure(dtype: str, repeats: int, out: Path | None) -> None:
         row["decode_step_milliseconds"] = [round(1e3 * t / (new - 1), 3) for t in found["decode_seconds"]]
         row["prefill_seconds"] = [round(t, 3) for t in found["prefill_seconds"]]
         step, first = median(row["decode_step_milliseconds"]), median(row["prefill_seconds"])
-        print(f"    {step:.2f} ms a decode step of {len(asked)} tokens, prompts done after {first:.2f} s")
+        print(f"    {step:.2f} ms a decode step of {len(asked)} tokens, prompts done after {first:.2f} s", flush=True)
         rows.append(row)
     if out:
         record(out, rows)
@@ -158,6 +161,7 @@ def record(out: Path, rows: list[dict]) -> None:
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--time", choices=("float32", "bfloat16"), help="time instead of checking, in this dtype")
+    arguments.add_argument("--only", choices=ATTENTION, help="time this attention alone")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--record", action="store_true", help="write the times to bench/results/")
     asked = arguments.parse_args()
@@ -165,7 +169,7 @@ if __name__ == "__main__":
     if asked.time:
         slug = re.sub(r"[^a-z0-9]+", "-", device_name("cpu").lower()).strip("-")
         file = ROOT / "bench" / "results" / "engines" / f"vllm-{slug}.json"
-        measure(asked.time, asked.repeats, file if asked.record else None)
+        measure(asked.time, asked.only, asked.repeats, file if asked.record else None)
     else:
         agree()
     print(f"{time.perf_counter() - begin:.0f} s")
