@@ -1,4 +1,4 @@
-"""The vLLM plug-in where there is no vLLM: its variable, against a FAKE registry.  `make test-vllm` has the real one."""
+"""The vLLM plug-in where there is no vLLM: its variable, with a FAKE registry.  `make test-vllm` has the real one."""
 
 import sys
 from importlib.metadata import entry_points
