@@ -26,6 +26,7 @@ def conformance(
     emulated: Annotated[
         bool, typer.Option("--emulated", help="Run the kernels through the emulation the backend offers, on the CPU.")
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once, on the CPU.")] = 1,
     record: Annotated[
         Path | None,
         typer.Option(help="Add what ran to this file; `llmkernels status` shows llmkernels/evidence/*.json."),
@@ -51,12 +52,13 @@ def conformance(
     total = sum(call[0].name not in missing for call in testing.calls(op, dtype, case))
     results = []
     with progress(f"{backend} conformance", total) as (bar, task):
-        for result in testing.conform(backend, op, dtype, case, device, emulated):
+        for result in testing.conform(backend, op, dtype, case, device, emulated, jobs):
             results.append(result)
             bar.update(task, advance=1, description=f"{result.op} {result.dtype} {result.case}")
     mode, name = ("emulated" if emulated else "ran"), device_name(device)
     if record:
-        status.write(record, status.summarize(results, mode, name))
+        isa = None if backend == discovery.REFERENCE else getattr(discovery.package(backend), "isa", None)
+        status.write(record, status.summarize(results, mode, name, isa and isa()))
     counts = Counter(result.verdict for result in results)
     if json:
         show_json(report(backend, mode, name, results, missing))

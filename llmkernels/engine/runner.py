@@ -25,14 +25,15 @@ class Runner:
         ends = [chunk.sequence for chunk in chunks if chunk.samples]
         if not ends:
             return [], []
-        counters = [len(s.tokens) - s.prompt_length for s in ends]
-        return choose(logits, [s.payload.params for s in ends], [s.payload.seed for s in ends], counters)
+        return choose(logits, [sequence.payload for sequence in ends])
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor:
-        """[samples vocab]: the logits after each chunk that samples, in order.
+        """[samples vocab]: the logits after each chunk that samples, in order.  Pages to be copied are copied first.
 
         The ops do not read the scheduler's metadata first, which are right by construction, unless the caller insists.
         """
+        if copies := [chunk.copy for chunk in chunks if chunk.copy]:
+            self.cache.copy(copies)
         with use(checked=bool(current().checked)):
             return self.model.forward(prepare(chunks, self.cache.page_size, self.model.device), self.cache)
 

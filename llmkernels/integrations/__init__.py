@@ -1,1 +1,1 @@
-"""Adapters that other engines load; each file imports its engine only when that engine calls it."""
+"""Adapters by which engines call llmkernels.  Each one imports its engine, so import the one that you need."""

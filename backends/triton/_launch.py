@@ -1,0 +1,68 @@
+"""What every op of this backend needs around its kernels.
+
+A kernel's file is laid out like backends/triton/silu_and_mul.py: refuse, run, the choice of tiles, the kernel.
+
+bfloat16 in the interpreter: Triton 3.9 keeps it as uint16 there and computes with the bits, silently.  So `readable`
+hands float32 copies to an interpreted kernel, `computed` says in which dtype it writes, and `rounded` is the one
+rounding afterwards.  On a GPU all three leave things as they are.
+"""
+
+import math
+
+import numpy as np
+import torch
+import triton
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether kernels are interpreted: 5 to 10 ms for each pass through a loop, so tiles are chosen for few passes."""
+
+
+def refuse_device(x):
+    """The refusal of arrays that no kernel reaches."""
+    if not INTERPRETED and not x.is_cuda:
+        yield "DEVICE", f"arrays are on {x.device.type}; Triton compiles for GPUs", "move them to cuda"
+
+
+def readable(x):
+    """x as a kernel may read it: itself, or a float32 copy of bfloat16 in the interpreter."""
+    return x.float() if INTERPRETED and x is not None and x.dtype == torch.bfloat16 else x
+
+
+def computed(dtype):
+    """The dtype of the outputs that a kernel writes for a result in `dtype`."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+def rounded(out, dtype):
+    """The result in `dtype`: `out` itself, or its one rounding."""
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+def rows_of(x):
+    """x as [rows, width], a copy only where strides allow no such view."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def power(n, least=1, most=2**31):
+    """The smallest power of two that is at least n, within bounds."""
+    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+
+
+def launch(kernel, grid, x, *args, **options):
+    """Start `kernel` on the device of x, on its current stream, unless the grid is empty.
+
+    Triton starts kernels on torch's current device, whatever the arrays' own is.  Products and sums are fused: Triton
+    3.10 does so only where asked.
+    """
+    options["enable_fp_fusion"] = True
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        with np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+            kernel[grid](*args, **options)
+    elif x.device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+    else:
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, **options)

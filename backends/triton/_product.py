@@ -1,0 +1,194 @@
+"""One product for every weight: y = act(norm(x + residual) @ weightT + bias).
+
+    y [rows, features]        a program sums BLOCK_M x BLOCK_N of it over its share of the columns k
+
+              features ──>                    for each BLOCK_K columns of its share:
+        rows  ┌────┬────┬────┬─               a = x [BLOCK_M, BLOCK_K], with residual and gain where NORM asks for them
+         │    │    │    │    │                b = weight [BLOCK_N, BLOCK_K], integers or fp8, not yet scaled
+         v    ├────┼────┼────┼─               sum += a @ bT, times the scales of the group
+              │    │    │    │
+                                              then: scales of rows, 1 / rms, bias, activation, one rounding, store
+
+Few rows: the time goes to the weight's bytes, and SPLIT programs share the columns of a tile, so that enough of them are
+in flight; each stores its sum in float32, and `_finish` adds them in their order.  Many rows: one program a tile, tiles
+in an order that keeps a band of weights in L2.
+
+Two nibbles a byte are two products, of the even columns and of the odd ones: no byte is moved to unpack.
+"""
+
+import triton
+import triton.language as tl
+
+from ._codes import bytes_, nibbles, scales_of
+from ._epilogue import features_of, store
+
+
+@triton.jit
+def multiply(
+    x, residual, gain, permutation, x_scales, weight, scales, zeros, bias, y, kept, parts, squares,
+    rows, features, columns, x_row, residual_row, weight_row, eps,
+    KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    FACTOR: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """
+    x, residual   [rows, columns], unit stride along a row; x in DOT where its values were rounded to 8 bits
+    x_scales      float32 [rows, columns / 128] where X_GROUPED, else [rows]; None where x was not rounded
+    weight        [features, columns], nibbles: [features, ceil(columns / 2)] uint8; unit stride along a row
+    scales        [ceil(columns / GROUP), ceil(features / SCALE_ROWS)], one row of them where GROUP is 0; None: dense
+    zeros         like scales; None where the scheme is symmetric
+    kept          [rows, columns], contiguous: where x + residual is stored, or None
+    y             [rows, features], contiguous; where SPLIT > 1, parts [SPLIT, rows, features], squares [SPLIT, rows]
+    FACTOR        what every product is multiplied by besides
+    """
+    tile_m, tile_n = _tile(rows, features, BLOCK_M, BLOCK_N, BAND)
+    share = tl.program_id(1)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = features_of(tile_n, features, GATED, BLOCK_N)
+    safe_row = tl.where(row < rows, row, 0).to(tl.int64)
+    safe_feature = tl.where(feature < features, feature, 0)
+    x_rows = x + (safe_row * x_row)[:, None]
+    residual_rows = None
+    if residual is not None:
+        residual_rows = residual + (safe_row * residual_row)[:, None]
+    weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
+    scale_at, scale_stride = safe_feature // SCALE_ROWS, tl.cdiv(features, SCALE_ROWS)
+
+    SUM: tl.constexpr = tl.int32 if DOT == tl.int8 and GROUP == 0 else tl.float32
+    PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+    sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
+    square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
+    begin = share * length
+    end = tl.minimum(begin + length, columns)
+    scale = _scales_at(scales, scale_at, scale_stride, begin, columns, KIND, GROUP)
+    zero = _zeros_at(zeros, scale_at, scale_stride, begin, columns, GROUP)
+
+    for start in range(begin, end, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        a = _summed(x_rows, residual_rows, permutation, column, columns, EVEN)
+        if kept is not None:
+            if tile_n == 0:
+                at = kept + (row.to(tl.int64) * columns)[:, None] + column[None, :]
+                tl.store(at, a.to(kept.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+        if NORM == "rms":
+            wide = a.to(tl.float32)
+            square += wide * wide
+        if gain is not None:
+            a = a.to(tl.float32) * _masked(gain + column, column, columns, EVEN).to(tl.float32)[None, :]
+        # Read a pass early, because nothing else hides the way to memory.
+        next_scale = _scales_at(scales, scale_at, scale_stride, start + BLOCK_K, columns, KIND, GROUP)
+        next_zero = _zeros_at(zeros, scale_at, scale_stride, start + BLOCK_K, columns, GROUP)
+        if PACKED:
+            half = start // 2 + tl.arange(0, BLOCK_K // 2)
+            codes = _masked((weight_rows + half[None, :]), half[None, :], (columns + 1) // 2, EVEN)
+            even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
+            low, high = nibbles(codes, zero, KIND, DOT), nibbles(codes >> 4, zero, KIND, DOT)
+            part = _dot(odd, high, _dot(even, low, None if GROUP else sums))
+        else:
+            codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
+            b = bytes_(codes, zero, KIND, DOT)
+            part = _dot(a.to(DOT), b, None if GROUP else sums)
+        if zeros is not None and KIND == "int8" and DOT == tl.int8:  # q - zero may take 9 bits
+            part -= tl.sum(a.to(tl.int32), 1)[:, None] * zero.to(tl.int32)[None, :]
+        if GROUP:
+            part = part.to(tl.float32) * scale[None, :]
+            if X_GROUPED:
+                part *= tl.load(x_scales + safe_row * tl.cdiv(columns, GROUP) + start // GROUP)[:, None]
+            sums += part
+        else:
+            sums = part
+        scale, zero = next_scale, next_zero
+
+    z = sums.to(tl.float32) * FACTOR
+    if scales is not None and GROUP == 0:
+        z *= scales_of(tl.load(scales + scale_at), KIND)[None, :]
+    if x_scales is not None and not X_GROUPED:
+        z *= tl.load(x_scales + safe_row)[:, None]
+    if SPLIT > 1:
+        at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
+        tl.store(at, z, mask=(row < rows)[:, None] & (feature < features)[None, :])
+        if NORM == "rms":
+            if tile_n == 0:
+                tl.store(squares + share * rows + row, tl.sum(square, 1), mask=row < rows)
+    else:
+        if NORM == "rms":
+            z *= tl.rsqrt(tl.sum(square, 1) / columns + eps)[:, None]
+        store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def finish(
+    parts, squares, bias, y, rows, features, columns, eps,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """parts float32 [SPLIT, rows, features] -> y [rows, features]: the sums, in the order of the shares."""
+    row = tl.program_id(1) + tl.arange(0, 1)
+    feature = features_of(tl.program_id(0), features, GATED, BLOCK_N)
+    z = tl.zeros([1, BLOCK_N], tl.float32)
+    square = tl.zeros([1], tl.float32)
+    for share in tl.static_range(SPLIT):
+        at = (share * rows + row).to(tl.int64) * features
+        z += tl.load(parts + at[:, None] + feature[None, :], mask=(feature < features)[None, :], other=0.0)
+        if NORM == "rms":
+            square += tl.load(squares + share * rows + row)
+    if NORM == "rms":
+        z *= tl.rsqrt(square / columns + eps)[:, None]
+    store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, 1, BLOCK_N)
+
+
+@triton.jit
+def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr):
+    """Which tile this program sums: down BAND tiles of rows, then to the next tile of features."""
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(features, BLOCK_N)
+    index = tl.program_id(0)
+    band = index // (BAND * tiles_n)
+    height = tl.minimum(tiles_m - band * BAND, BAND)
+    within = index % (BAND * tiles_n)
+    return band * BAND + within % height, within // height
+
+
+@triton.jit
+def _masked(at, index, count, EVEN: tl.constexpr):
+    """What lies at `at`, and 0 past the end.  EVEN: tiles do not reach past it."""
+    if EVEN:
+        return tl.load(at)
+    return tl.load(at, mask=index < count, other=0.0)
+
+
+@triton.jit
+def _summed(x_rows, residual_rows, permutation, column, columns, EVEN: tl.constexpr):
+    """x + residual, [BLOCK_M, BLOCK_K] of stored columns; in the dtype of x where nothing is added."""
+    source = column
+    if permutation is not None:
+        source = _masked(permutation + column, column, columns, EVEN)
+    a = _masked(x_rows + source[None, :], column[None, :], columns, EVEN)
+    if residual_rows is not None:
+        a = a.to(tl.float32) + _masked(residual_rows + source[None, :], column[None, :], columns, EVEN).to(tl.float32)
+    return a
+
+
+@triton.jit
+def _scales_at(scales, at, stride, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr):
+    """The scales of the group that holds column `start`; any value past the last one."""
+    if GROUP == 0 or scales is None:
+        return 1.0
+    group = tl.minimum(start, columns - 1) // GROUP
+    return scales_of(tl.load(scales + group.to(tl.int64) * stride + at), KIND)
+
+
+@triton.jit
+def _zeros_at(zeros, at, stride, start, columns, GROUP: tl.constexpr):
+    if zeros is None:
+        return None
+    if GROUP == 0:
+        return tl.load(zeros + at)
+    return tl.load(zeros + (tl.minimum(start, columns - 1) // GROUP).to(tl.int64) * stride + at)
+
+
+@triton.jit
+def _dot(a, b, sums):
+    """sums + a [m, k] @ b [n, k]T"""
+    if a.dtype == tl.int8:
+        return tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
+    return tl.dot(a, tl.trans(b), sums, input_precision="ieee")
