@@ -57,7 +57,7 @@ test-vllm: $(VLLM)/.installed  ## vLLM on the CPU, in .venv-vllm: same tokens wi
 	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py
 
 bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, into bench/results/
-	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time --record
+	for dtype in float32 bfloat16; do (cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time $$dtype --record); done
 
 compile-gpu: venv  ## the Triton kernels compiled for eight GPUs, without one: registers, spills, matrix instructions
 	$(BIN)/llmkernels compile --backend triton --against bench/results/compiled-triton.json

@@ -1,4 +1,4 @@
-"""The SGLang backend against FAKES of what it touches in SGLang 0.5.23: not SGLang itself, which it never ran in.
+"""The SGLang backend against FAKES of what it touches in SGLang 0.5.23: not SGLang itself, which has no wheel for CPUs.
 
 The fakes have the names, signatures and layouts of sglang/srt; a change there would not be noticed here.
 """

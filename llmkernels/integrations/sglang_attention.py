@@ -1,4 +1,4 @@
-"""Attention for SGLang over its pool of tokens; unverified: see sglang.py beside this file.
+"""Attention for SGLang over its pool of tokens; see sglang.py beside this file for where it ran.
 
 SGLang keeps a layer's keys as [slots kv_heads dim], and for each request the slots of its tokens in order, req_to_token
 [requests context].  That is a paged cache with pages of one token.  With page_size > 1 the slots of a page lie side by

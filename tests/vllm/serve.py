@@ -29,22 +29,27 @@ def main() -> None:
         last = max(o.metrics.last_token_ts for o in outputs)
         return outputs, seconds - (last - first), last - first
 
-    found = {"prefill_seconds": [], "decode_seconds": []}
-    for turn in range(wishes.get("repeat", 0) + bool(wishes.get("repeat"))):
-        _, prefill, decode = generate()
+    repeats = wishes.get("repeats", 0)
+    if repeats:
+        generate()  # warms up
         llm.reset_prefix_cache()
-        if turn:  # the first one warms up
-            found["prefill_seconds"].append(prefill)
-            found["decode_seconds"].append(decode)
     (layers,) = llm.collective_rpc("watch")
-    outputs, _, _ = generate()
+    prefill, decode = [], []
+    for _ in range(repeats or 1):
+        outputs, *seconds = generate()
+        prefill.append(seconds[0])
+        decode.append(seconds[1])
+        llm.reset_prefix_cache()
     (seen,) = llm.collective_rpc("seen")
-    found |= {
+    found = {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "cached": [o.num_cached_tokens for o in outputs],
         "layers": layers,
         "steps": seen["tokens"],
         "ledger": seen["ledger"],
+        "threads": seen["threads"],
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
     }
     Path(sys.argv[2]).write_text(json.dumps(found))
 

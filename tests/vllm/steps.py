@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from llmkernels.integrations.vllm import WorkerLedger
 
 
@@ -15,8 +17,8 @@ class Steps(WorkerLedger):
         return sum("attn" in name for name in context)
 
     def seen(self) -> dict[str, Any]:
-        """The tokens of each forward pass, and the ledger, since `watch`."""
-        return {"tokens": self.tokens, "ledger": self.llmkernels_ledger()}
+        """The tokens of each forward pass, and the ledger, since `watch`; torch's threads."""
+        return {"tokens": self.tokens, "ledger": self.llmkernels_ledger(), "threads": torch.get_num_threads()}
 
     def _note(self, module: Any, args: tuple, options: dict[str, Any]) -> None:
         ids = options.get("input_ids", args[0] if args else None)
