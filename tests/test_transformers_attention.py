@@ -78,6 +78,35 @@ def test_chunked_prefill_and_beams():
         assert error(own_logits, logits) < TOLERANCE
 
 
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 20}
+EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OTHERS = {
+    "Gemma3Text": {"sliding_window": 5, "query_pre_attn_scalar": 16},
+    "DeepseekV3": {"num_key_value_heads": 4, **MLA, **EXPERTS},  # keys wider than values
+    "Llama4Text": {"attention_chunk_size": 6, "num_local_experts": 2, "intermediate_size_mlp": 96},  # a mask of chunks
+    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "Mixtral": {"num_local_experts": 2},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family):
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if family != "DeepseekV3" or key != "head_dim"}
+    config = getattr(transformers, f"{family}Config")(**sizes | OTHERS[family])
+    other = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if parameter.ndim == 2 and any(
+                part in name for part in ("q_proj", "k_proj", "q_b_proj", "kv_b_", "c_attn")
+            ):
+                parameter.mul_(12)
+    tokens, logits = generate(other, "eager", batch("left"))
+    own_tokens, own_logits = generate(other, "llmkernels", batch("left"))
+    assert own_tokens.tolist() == tokens.tolist()
+    assert error(own_logits, logits) < TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     """Off by no more than transformers' own attention is, plus roundoff."""
@@ -270,6 +299,14 @@ def test_wrong_uses():
         forward(model, "llmkernels", **inputs, output_attentions=True)
     with pytest.raises(ValueError, match=r"float64"):
         forward(model.double(), "llmkernels", **inputs)
+
+
+def test_a_mask_of_another_layer():
+    """Reading keys that are not there would be worse than an error."""
+    query, key = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 7, 16)
+    for mask in (masks.mask(2, 1, 9, 8), masks.mask(2, 2, 7, 5)):
+        with pytest.raises(ValueError, match=r"made for \d queries and \d keys, but this layer has 2 and 7"):
+            attention.attention(None, query, key, key, mask)
 
 
 def test_a_learned_bias_is_refused():

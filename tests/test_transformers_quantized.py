@@ -194,7 +194,7 @@ def test_wrong_uses(dense, stored, tmp_path):
         ),
         (
             lambda: from_pretrained(dense, quantization_config=adapter.LlmkernelsConfig("w8a16", skip="*")),
-            r"no layer was quantized: .*8 linear layers.*leave some out",
+            r"no layer is quantized: .*8 linear layers.*leave some out",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -53,8 +53,10 @@ def attention(
     window = sliding_window - 1 if sliding_window else -1
     if cache is not None:
         return paged.attention(module.layer_idx, query, key, value, cache, more, window, options), None
-    batch, _, queries, _ = query.shape
+    batch, heads, queries, _ = query.shape
     keys = key.shape[2]
+    if not batch * queries:
+        return query.new_empty(batch, queries, heads, value.shape[3]), None
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if attention_mask is None:
@@ -69,15 +71,16 @@ def attention(
     else:
         k, v, apart = _single_slots(key, value)
     *_, left, causal = sequences[0]
-    out = llmkernels.paged_attention(
-        query.transpose(1, 2).flatten(0, 1),
-        k,
-        v,
-        causal=bool(causal),
-        window=(left, -1),
-        **_plan(sequences, apart, query.device),
-        **options,
-    )
+    with paged.trusted():
+        out = llmkernels.paged_attention(
+            query.transpose(1, 2).flatten(0, 1),
+            k,
+            v,
+            causal=bool(causal),
+            window=(left, -1),
+            **_plan(sequences, batch * queries, keys, apart, query.device),
+            **options,
+        )
     return out.unflatten(0, (batch, queries)), None
 
 
@@ -105,12 +108,23 @@ def _refuse(query: torch.Tensor, dropout: float, more: dict[str, Any]) -> None:
 
 
 @lru_cache(maxsize=16)
-def _plan(sequences: tuple[tuple[int, ...], ...], apart: int, device: torch.device) -> dict[str, Any]:
+def _plan(
+    sequences: tuple[tuple[int, ...], ...], tokens: int, keys: int, apart: int, device: torch.device
+) -> dict[str, Any]:
     """The block table and lengths of a step, made once for all its layers, of what masks.mask says.
 
     apart: pages between two rows of the batch; 0 where each row is one page.
+
+    Raises:
+        ValueError: the mask was made for other `tokens` (queries of all rows) or more `keys` (of a row) than there are.
     """
     new, lengths = [piece[1] for piece in sequences], [piece[3] for piece in sequences]
+    needed = max(first + length for _, _, first, length, *_ in sequences)
+    if sum(new) != tokens or needed > keys:
+        raise ValueError(
+            f"the attention mask was made for {sum(new)} queries and {needed} keys, but this layer has {tokens} and "
+            f'{keys}; this model gives layers masks that are not theirs: load it with attn_implementation="sdpa"'
+        )
     table = torch.tensor([row * apart + first if apart else row for row, _, first, *_ in sequences])[:, None]
     if apart:
         table = table + torch.arange(max(lengths))
@@ -133,17 +147,18 @@ def _by_query(
     longest = max(int(lengths.max()), 1)
     seen = visible.byte().argsort(dim=-1, descending=True, stable=True)[..., :longest]  # keys in order, then the others
     table = seen + apart * torch.arange(batch, device=seen.device)[:, None, None]
-    out = llmkernels.paged_attention(
-        query.transpose(1, 2).flatten(0, 1),
-        k,
-        v,
-        table.flatten(0, 1).int(),
-        lengths,
-        torch.arange(batch * queries + 1, dtype=torch.int32, device=query.device),
-        max_seqlen_q=1,
-        max_seqlen_k=_round_up(longest),
-        **options,
-    )
+    with paged.trusted():
+        out = llmkernels.paged_attention(
+            query.transpose(1, 2).flatten(0, 1),
+            k,
+            v,
+            table.flatten(0, 1).int(),
+            lengths,
+            torch.arange(batch * queries + 1, dtype=torch.int32, device=query.device),
+            max_seqlen_q=1,
+            max_seqlen_k=_round_up(longest),
+            **options,
+        )
     return out.unflatten(0, (batch, queries))
 
 

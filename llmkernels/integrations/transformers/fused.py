@@ -79,6 +79,8 @@ def optimize(model: torch.nn.Module) -> Report:
             else:
                 changed += chain
                 report.changed.append((f"{path}.{norm} -> {part}", told))
+    if not report.changed and not report.left:
+        report.left.append((type(model).__name__, "it has no block that is known"))
     if hasattr(model, "lm_head"):
         report.left.append(("norm -> lm_head", "the model hands out what lies between them"))
     model.__dict__[MARK] = changed

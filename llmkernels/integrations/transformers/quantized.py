@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -105,9 +106,32 @@ class LlmkernelsConfig(QuantizationConfigMixin):
         return scheme(self.schemes.get(layer, self.scheme))
 
 
+class Rounded(ConversionOps):
+    """A dense weight, as soon as it is read: rounded, and its Linear replaced, so that few dense ones are ever held."""
+
+    def __init__(self, config: LlmkernelsConfig):
+        self.config = config
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str = "",
+        model: Any = None,
+        missing_keys: Any = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        (dense,) = input_dict.values()
+        name = full_layer_name.rpartition(".")[0]
+        weight = quantize(dense[0] if isinstance(dense, list) else dense, self.config.scheme_of(name))
+        replace(model, name, QuantizedLinear(weight, model.get_submodule(name).bias))
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
 class LlmkernelsQuantizer(HfQuantizer):
-    """Puts QuantizedLinear in the place of Linear: empty ones before a quantized checkpoint is read into them, or
-    rounded ones after a dense checkpoint was."""
+    """Puts QuantizedLinear in the place of Linear: an empty one before a quantized checkpoint is read into it, a
+    rounded one when a dense weight was read."""
 
     quantization_config: LlmkernelsConfig
 
@@ -124,7 +148,7 @@ class LlmkernelsQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         stored = stored_tensors(checkpoint_files)
-        for name, linear in linears(model):
+        for name, linear in list(linears(model)):
             parts = {part: stored[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in stored}
             if "values" in parts:
                 to, columns = self.quantization_config.scheme_of(name), linear.in_features
@@ -132,20 +156,20 @@ class LlmkernelsQuantizer(HfQuantizer):
                 weight = QuantizedWeight(**empty, scheme=to, in_features=columns)
                 replace(model, name, QuantizedLinear(weight, linear.bias))
 
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        name, _, part = param_name.rpartition(".")
+        if self.pre_quantized or part != "weight" or self.quantization_config.skips(name):
+            return False
+        return type(model.get_submodule(name)) is torch.nn.Linear
+
+    def get_quantize_ops(self) -> "Rounded":
+        return Rounded(self.quantization_config)
+
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
-        if self.pre_quantized:
-            return
-        config, done = self.quantization_config, 0
-        for name, linear in list(linears(model)):
-            if not config.skips(name):
-                with torch.no_grad():
-                    weight = quantize(linear.weight, config.scheme_of(name))
-                replace(model, name, QuantizedLinear(weight, None if linear.bias is None else linear.bias.detach()))
-                done += 1
-        if not done:
+        if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
             raise ValueError(
-                f"no layer was quantized: the model has {sum(1 for _ in linears(model))} linear layers, and skip="
-                f"{config.skip} names them all; leave some out"
+                f"no layer is quantized: the model has {sum(1 for _ in linears(model))} linear layers, and skip="
+                f"{self.quantization_config.skip} names them all; leave some out"
             )
 
     def is_serializable(self, *args: Any, **options: Any) -> bool:
