@@ -141,17 +141,21 @@ def load(
 ) -> Model:
     """The model, with rotary tables for `length` positions.
 
-    `quantize` rounds every projection of the layers to that scheme, `quantize_head` the one to the vocabulary.
+    `quantize` rounds every projection of the layers to that scheme, `quantize_head` the one to the vocabulary; scales
+    are in the dtype of the model.
     """
     config = checkpoint.config
 
     def tensor(name: str, *shape: int) -> torch.Tensor:
         return checkpoint.tensor(name, *shape).to(device, DTYPES[dtype])
 
+    def rounded(weight: torch.Tensor, scheme: str | None) -> Any:
+        return quant.quantize(weight, scheme, scale_dtype=weight.dtype) if scheme else weight
+
     def linear(prefix: str, parts: dict[str, int], width: int, bias: bool) -> Linear:
         weight = torch.cat([tensor(f"{prefix}{part}.weight", rows, width) for part, rows in parts.items()])
         added = torch.cat([tensor(f"{prefix}{part}.bias", rows) for part, rows in parts.items()]) if bias else None
-        return Linear(quant.quantize(weight, quantize) if quantize else weight, added)
+        return Linear(rounded(weight, quantize), added)
 
     def layer(index: int) -> Layer:
         at, hidden, head_dim = f"model.layers.{index}.", config.hidden, config.head_dim
@@ -177,7 +181,7 @@ def load(
         embedding,
         [layer(index) for index in range(config.layers)],
         tensor("model.norm.weight", config.hidden),
-        Linear(quant.quantize(head, quantize_head) if quantize_head else head),
+        Linear(rounded(head, quantize_head)),
         *rotary_tables(config, length, device),
     )
 
