@@ -114,6 +114,8 @@ BENCH: dict[str, list[Timed]] = {
             for rows in (1, 16)
         ),
         *(_gemm(rows, HIDDEN, "fp8_block", cpu=False) for rows in (1, 16, 512)),
+        *(_gemm(rows, HIDDEN, "w4a8_g128") for rows in (1, 4, 16, 512)),
+        _gemm(1, 11008, "w4a16_g128"),
         *(_gemm(rows, INTERMEDIATE, "w4a16_g128") for rows in (1, 16)),
         *(_gemm(8192, INTERMEDIATE, s, cpu=False) for s in ("w4a16_g128", "w8a8", "fp8_row", "fp8_block")),
     ],
