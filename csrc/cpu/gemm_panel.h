@@ -15,7 +15,8 @@
 //   kParts, kBytes             parts in a load; bytes that one load of all 64 channels covers
 //   kOffset, kLazy             offset = zero + kOffset is taken off the codes: by part(), or (lazy) from the sum
 //
-// One or two rows keep few sums, and a single stream of memory is slower than two: they read two panels side by side.
+// One or two rows keep few sums, and a single stream of memory is slower than two: they take two panels side by side, or,
+// where registers are few, chunk by chunk in turn.
 #pragma once
 #include "cpu/gemm_call.h"
 #include "cpu/gemm_codes.h"
@@ -204,7 +205,8 @@ LLMKERNELS_INLINE void multiply_rows(const Source& source, const typename Source
   // Registers that hold sums; the others hold the words of as many vectors, what it takes to decode them, and x.
   constexpr int kSums = kRegisters == 32 ? 24 : Source::kStreams ? 8 : 12;
   constexpr int kFit = kSums / Rows;
-  constexpr int kAll = Panels * kVectors, kAtOnce = least(kAll, kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1);
+  constexpr int kMost = kRegisters == 32 && kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+  constexpr int kAll = Panels * kVectors, kAtOnce = least(kAll, kMost);
   constexpr int64_t kStride = kChunk<typename Source::Input>;
   constexpr int kVectorBytes = Source::kBytes / kVectors;
   const int64_t ahead = most<int64_t>(kAhead, steps * Source::kBytes);  // each pass asks for its part of the next chunk
