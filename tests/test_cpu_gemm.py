@@ -74,9 +74,9 @@ def test_threads_do_not_change_the_result(name, rows, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [15, 16, 17, 32, 33, 255, 256, 257, 511, 513])
+@pytest.mark.parametrize("rows", [15, 16, 17, 32, 33, 64, 65, 255, 256, 257, 511, 513])
 def test_rows_around_the_sizes_of_blocks(rows, dtype):
-    """Blocks of 256 rows, 512 prepared at a time, another way to read dense weights above 16 or 32 rows."""
+    """Blocks of 256 rows, 512 prepared at a time, panels that are decoded above 32 rows, other products above 64."""
     x = torch.randn(rows, 72).to(dtype)
     dense = torch.randn(70, 72).to(dtype) / 8
     got = norm_linear_activation.run(x, dense, norm="none", activation="none", **PLAIN)

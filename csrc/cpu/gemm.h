@@ -56,6 +56,7 @@ struct PackedWeight {
   static constexpr bool kScaled = __is_same(Source, Int4Scaled);
   static int64_t chunk(const GemmCall& call) { return call.group ? least(call.group, kChunk<Input>) : kChunk<Input>; }
   static int64_t line(const GemmCall&) { return kChunk<Input>; }
+  // Panels of a unit: two of few rows, unless threads would go without work.
   static int abreast(const GemmCall& call) {
     return call.rows <= 2 && call.panels() >= 2 * kAbreast * call.threads ? kAbreast : 1;
   }
