@@ -230,14 +230,14 @@ LLMKERNELS_INLINE void multiply_rows(const Source& source, const typename Source
           decltype(source.part(0, 0, 0)) w[kAtOnce];
 #pragma GCC unroll 8
           for (int v = 0; v < kAtOnce; ++v) w[v] = source.part(step, i, first + v);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
           for (int row = 0; row < Rows; ++row)
 #pragma GCC unroll 8
             for (int v = 0; v < kAtOnce; ++v) sum[row][v] = product(sum[row][v], w[v], at + row * kStride);
         }
       }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) {
       const Floats factor = broadcast(scaling.factors[row]), minus = broadcast(Lazy ? -scaling.sums[row] : 0.0f);
 #pragma GCC unroll 8
@@ -252,8 +252,8 @@ LLMKERNELS_INLINE void multiply_rows(const Source& source, const typename Source
   }
 }
 
-// Rows that share what was decoded: with 32 registers, 16 rows by one vector, for x is an operand in memory.
-constexpr int kMany = kRegisters == 32 ? 16 : 6;
+// Rows that share what was decoded.  With 32 registers, 8 rows by two vectors beat 16 by one and 6 by four.
+constexpr int kMany = kRegisters == 32 ? 8 : 6;
 
 // All rows of one panel, in tiles of `Most` rows as long as there are as many, then of fewer.
 template <int Most, bool Lazy, class Source>
@@ -265,7 +265,7 @@ LLMKERNELS_INLINE void multiply_most(const Source& source, const typename Source
       scaling.factors += Most;
       scaling.sums += Most;
     }
-    constexpr int kNext = Most > 12 ? 12 : Most > 8 ? 8 : Most > 6 ? 6 : Most > 4 ? 4 : Most - 1;
+    constexpr int kNext = Most > 6 ? 6 : Most > 4 ? 4 : Most - 1;
     multiply_most<kNext, Lazy>(source, x, rows, steps, scaling, totals);
   }
 }
