@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="write the files into the cache folder and stop")
     parser.add_argument("--model", choices=(SHIPPED, RANDOM), help="only this one")
     parser.add_argument("--only", nargs="+", choices=(*OURS, *THEIRS), help="only these ways of rounding")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the best of so many counts")
     parser.add_argument("--json", type=Path, help="add the rows to this file")
     options = parser.parse_args()
     models = [options.model] if options.model else [SHIPPED, RANDOM]
@@ -67,7 +68,7 @@ def main() -> None:
             prepare(model)
         return
     check()
-    rows = [row for model in models for row in measure(model, options.only or (*OURS, *THEIRS))]
+    rows = [row for model in models for row in measure(model, options.only or (*OURS, *THEIRS), options.rounds)]
     if options.json:
         keep(options.json, rows)
 
@@ -158,12 +159,12 @@ def check() -> None:
         raise SystemExit(f"the engines disagree on {SHIPPED} in float32: {tokens[0]} and {tokens[1]}")
 
 
-def measure(model: str, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def measure(model: str, kinds: tuple[str, ...], rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of tokens a second, printed as they are known."""
     runs = {("llmkernels", kind): engine(model, **OURS[kind]) for kind in kinds if kind in OURS}
     runs |= {("llama.cpp", kind): llama_cpp(model, kind) for kind in kinds if kind in THEIRS}
     best = dict.fromkeys(runs, (0.0, 0.0))
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for key, run in runs.items():
             best[key] = tuple(map(max, best[key], speeds(run)))  # type: ignore[assignment]
     for (who, kind), (prefill, decode) in best.items():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmkernels.roofline import Ceilings
 
 COLUMNS = f"{'op':22} {'backend':10} {'dtype':9} {'case':38} {'time':>8} {'of limit':>8}  {'best peer':24} {'speed':>6}"
+BEYOND = 105  # percent of the limit that noise does not explain
 FASTER, SLOWER = 1.05, 0.95  # what a ratio must differ from 1 by to be coloured
 
 
@@ -81,6 +82,9 @@ def bench(
         if not quick and not replay and (kept := results.place(report["device"])):
             results.write(kept, results.merge(results.read(kept), report) if kept.exists() else report)
             print(f"llmkernels: kept in {kept}", file=sys.stderr)
+        if beyond := sum(row["percent_of_limit"] > BEYOND for row in report["rows"]):
+            say = "the limit was measured on a busy machine, or the data stayed in a cache; try --fresh"
+            print(f"llmkernels: {beyond} calls took less than the limit allows: {say}", file=sys.stderr)
     if json == "-":
         show_json(report)
     elif json:

@@ -154,7 +154,8 @@ def load(
 ) -> Model:
     """The model, with rotary tables for `length` positions.
 
-    `quantize` rounds every projection of the layers to that scheme, `quantize_head` the one to the vocabulary.
+    `quantize` rounds every projection of the layers to that scheme, `quantize_head` the one to the vocabulary; scales
+    are in the dtype of the model.
     """
     config = checkpoint.config
     if quantize and checkpoint.stored:
@@ -163,13 +164,16 @@ def load(
     def tensor(name: str, *shape: int) -> torch.Tensor:
         return checkpoint.tensor(name, *shape).to(device, DTYPES[dtype])
 
+    def rounded(weight: torch.Tensor, scheme: str | None) -> Any:
+        return quant.quantize(weight, scheme, scale_dtype=weight.dtype) if scheme else weight
+
     def linear(prefix: str, parts: dict[str, int], width: int, bias: bool) -> Linear:
         stored = [checkpoint.projection(prefix + part, rows, width) for part, rows in parts.items()]
         quantized = [weight for weight in stored if weight is not None]
         weight: Any
         if not quantized:
             weight = torch.cat([tensor(f"{prefix}{part}.weight", rows, width) for part, rows in parts.items()])
-            weight = quant.quantize(weight, quantize) if quantize else weight
+            weight = rounded(weight, quantize)
         elif len(quantized) < len(stored):
             raise CheckpointError(
                 f"{prefix}: of {', '.join(parts)} only some are quantized, but they are one product here"
@@ -203,7 +207,7 @@ def load(
         embedding,
         [layer(index) for index in range(config.layers)],
         tensor("model.norm.weight", config.hidden),
-        Linear(quant.quantize(head, quantize_head) if quantize_head else head),
+        Linear(rounded(head, quantize_head)),
         *rotary_tables(config, length, device),
     )
 

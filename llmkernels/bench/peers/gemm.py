@@ -32,8 +32,9 @@ def dense(call: Call) -> Callable[[], Any] | None:
 
 @peer("quantized_gemm", "torch, dequantized in the call")
 def dequantized(call: Call) -> Callable[[], Any] | None:
+    """Weights that stay small, unpacked for each product.  Not on a CPU, where it takes a hundred times as long."""
     x, weight, bias = call["x"], call["weight"], call["bias"]
-    if weight.scheme.activation:
+    if weight.scheme.activation or x.device.type == "cpu":
         return None
     return lambda: F.linear(x, weight.dequantize(x.dtype), bias)
 
@@ -58,6 +59,11 @@ def int4(call: Call) -> Callable[[], Any] | None:
     return run
 
 
+def _packs_int8() -> bool:
+    """Whether oneDNN's int8 kernels can be used: without VNNI they saturate, and the answers are wrong."""
+    return torch.cpu._is_vnni_supported()
+
+
 def _int8_by_row(call: Call) -> bool:
     scheme = call["weight"].scheme
     plain = scheme.weight == "int8" and scheme.activation == "int8" and scheme.dynamic and scheme.symmetric
@@ -67,8 +73,8 @@ def _int8_by_row(call: Call) -> bool:
 @peer("quantized_gemm", "torch, int8 x int8")
 def int8(call: Call) -> Callable[[], Any] | None:
     x, weight, bias = call["x"], call["weight"], call["bias"]
-    if not _int8_by_row(call) or (x.is_cuda and x.shape[0] <= 16):
-        return None  # _int_mm on a GPU wants more than 16 rows
+    if not _int8_by_row(call) or (x.is_cuda and x.shape[0] <= 16) or (not x.is_cuda and _packs_int8()):
+        return None  # _int_mm on a GPU wants more than 16 rows; on a CPU oneDNN is several times as fast
 
     def run() -> torch.Tensor:
         levels, scales = _levels(x)
@@ -99,8 +105,8 @@ def onednn_product(call: Call) -> Callable[[], Any] | None:
 
 def _onednn(call: Call, rounded_before: bool) -> Callable[[], Any] | None:
     x, weight, bias = call["x"], call["weight"], call["bias"]
-    if not _int8_by_row(call) or x.device.type != "cpu" or not torch.cpu._is_vnni_supported():
-        return None  # without VNNI its int8 kernels saturate, and the answers are wrong
+    if not _int8_by_row(call) or x.device.type != "cpu" or not _packs_int8():
+        return None
     packed = torch.ops.onednn.qlinear_prepack(weight.values.contiguous(), None)
     scales, zeros = weight.scales.float().flatten(), torch.zeros(weight.shape[0], dtype=torch.int64)
     before = _shifted(x) if rounded_before else None

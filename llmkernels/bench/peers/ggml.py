@@ -75,8 +75,8 @@ class Library:
             self.backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts"
         )
         # The kinds of memory in which it keeps weights repacked for this processor, the best first, ended by NULL.
-        list_kinds = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(found)
-        self.repacked = list_kinds(device)[0]
+        list_kinds = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+        self.repacked = list_kinds(found)(device)[0] if found else None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"ggml_{name} is not in SIGNATURES")
@@ -115,10 +115,13 @@ class Graph:
         self.ggml.backend_tensor_set(tensor, values.data_ptr(), 0, values.nbytes)
 
     def weight(self, blocks: torch.Tensor, shape: tuple[int, ...]) -> Any:
-        """A q4_0 weight, repacked as this processor likes it."""
+        """A q4_0 weight, repacked if ggml has an order for this processor."""
         context = self.context()
         weight = self.tensor(context, Q4_0, shape)
-        self.buffers.append(self.ggml.backend_alloc_ctx_tensors_from_buft(context, self.ggml.repacked))
+        if self.ggml.repacked:
+            self.buffers.append(self.ggml.backend_alloc_ctx_tensors_from_buft(context, self.ggml.repacked))
+        else:
+            self.buffers.append(self.ggml.backend_alloc_ctx_tensors(context, self.ggml.backend))
         self.fill(weight, blocks)
         return weight
 
