@@ -11,12 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from ._dequantize import dequantized
 from ._launch import INTERPRETED, computed, launch, power, readable, rounded, rows_of
 from ._product import finish, multiply
 from ._rows import prepared
 from ._tuned import choose
+from ._weights import Form
 
 GATED = ("swiglu", "geglu")
+MANY = 16 if INTERPRETED else 128  # rows from which a weight is unpacked once, not in every tile of rows
+LEAST_COLUMNS = 256  # ... where roundings of its numbers average out
 FEW = 16  # rows; a tile of matrix instructions has as many
 WAVES = 4  # programs a multiprocessor should have in flight, where bytes are what takes time
 LARGEST_SUM = 2**17 - 1  # columns of int8 x int8 that an int32 holds the sum of
@@ -45,11 +49,11 @@ def linear(
     count = rows.shape[0]
     y = torch.empty((count, features // 2 if gated else features), dtype=computed(dtype), device=x.device)
     kept = torch.empty(rows.shape, dtype=computed(dtype), device=x.device) if return_residual else None
-    kind, x_scales, permutation, factor = form.kind, None, form.permutation, 1.0
+    x_scales, permutation, factor = None, form.permutation, 1.0
     product = {"residual": residual, "gain": gain, "kept": kept, "norm": norm, "eps": eps}
     if columns == 0:  # no scale to read either
-        kind, permutation, product = "dense", None, {"norm": "none", "eps": eps}
-    elif form.rounding or not _on_the_way(rows, norm, gain, residual, permutation):
+        form, permutation, product = Form("dense", form.shape, form.values), None, {"norm": "none", "eps": eps}
+    elif form.rounding or not _on_the_way(rows, features, norm, gain, residual, permutation):
         held = _held(form, rows, norm, residual)
         rows, x_scales = prepared(
             rows, norm=norm, gain=gain, shift=shift, residual=residual, eps=eps, keep=kept, rounding=form.rounding,
@@ -57,8 +61,11 @@ def linear(
         )  # fmt: skip
         permutation, product = None, {"norm": "none", "eps": eps}
         factor = 4.0 if held == torch.float8_e4m3fnuz else 1.0  # the values of both sides are halved
+    if count >= MANY and form.kind != "dense" and columns >= LEAST_COLUMNS and _dense_pays(form, rows.dtype):
+        values, scales = dequantized(form, rows.dtype)
+        form = Form("dense", form.shape, values, scales)
     _multiply(
-        rows, form, y, kind=kind, x_scales=x_scales, permutation=permutation, factor=factor, bias=bias,
+        rows, form, y, x_scales=x_scales, permutation=permutation, factor=factor, bias=bias,
         activation=activation, gated=gated, dtype=dtype, **product,
     )  # fmt: skip
     y = rounded(y, dtype).view(*x.shape[:-1], y.shape[1])
@@ -69,13 +76,19 @@ def _unit(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _on_the_way(rows, norm, gain, residual, permutation):
+def _on_the_way(rows, features, norm, gain, residual, permutation):
     """Whether programs make rows ready themselves."""
-    if norm == "none" and residual is None and permutation is None:
+    plain = gain is None and residual is None
+    if norm == "none" and plain and permutation is None:
         return True
-    if norm == "layer" or (rows.dtype == torch.float16 and (gain is not None or residual is not None)):
+    if norm == "layer" or (not plain and (rows.dtype == torch.float16 or permutation is not None)):
         return False
-    return rows.shape[0] <= FEW
+    return rows.shape[0] <= FEW and features > 0
+
+
+def _dense_pays(form, dot):
+    """Whether one scale, or none, is left to apply after a dense product of what `dot` holds."""
+    return dot in (torch.float32, torch.bfloat16, torch.float16) and (form.rounding is None or not form.group)
 
 
 def _held(form, rows, norm, residual):
@@ -106,12 +119,12 @@ def _processors(index):
 
 
 def _multiply(
-    x, form, y, *, kind, x_scales, permutation, factor, bias, activation, gated, dtype, norm, eps, residual=None,
+    x, form, y, *, x_scales, permutation, factor, bias, activation, gated, dtype, norm, eps, residual=None,
     gain=None, kept=None,
 ):  # fmt: skip
     (rows, columns), (features, _), device = x.shape, form.shape, x.device
-    quantized = kind != "dense"
-    group = form.group if quantized else 0
+    kind = form.kind
+    group = form.group
     values = form.values
     if kind == "fp8" and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
@@ -120,7 +133,7 @@ def _multiply(
         "product", device, heuristic, kind=kind, dot=x.dtype, group=group, rows=power(rows), features=features,
         columns=columns,
     )  # fmt: skip
-    if group:
+    if group and not _foldable(form, x.dtype, columns):
         tiles = tiles | {"BLOCK_K": min(tiles["BLOCK_K"], group)}
     split = tiles["SPLIT"]
     parts = squares = None
@@ -130,11 +143,11 @@ def _multiply(
     grid = (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"]), split)
     launch(
         multiply, grid, x,
-        x, residual, gain, permutation, x_scales, values, form.scales if quantized else None,
-        form.zeros if quantized else None, bias, y, kept, parts, squares,
+        x, residual, gain, permutation, x_scales, values, form.scales, form.zeros, bias, y, kept, parts, squares,
         rows, features, columns, x.stride(0), 0 if residual is None else residual.stride(0), values.stride(0), eps,
-        KIND=kind, DOT=DOT[x.dtype], GROUP=group, X_GROUPED=quantized and form.x_group > 0, SCALE_ROWS=form.scale_rows,
-        FACTOR=factor, NORM=norm, ACTIVATION=activation, GATED=gated, EVEN=columns % tiles["BLOCK_K"] == 0, **tiles,
+        KIND=kind, DOT=DOT[x.dtype], GROUP=group, X_GROUPED=form.x_group > 0, SCALE_ROWS=form.scale_rows,
+        FACTOR=factor, NORM=norm, ACTIVATION=activation, GATED=gated, EVEN=columns % tiles["BLOCK_K"] == 0,
+        PTX=not INTERPRETED and not torch.version.hip and x.dtype in (torch.bfloat16, torch.float16), **tiles,
     )  # fmt: skip
     if split > 1:
         launch(
@@ -142,6 +155,13 @@ def _multiply(
             parts, squares, bias, y, rows, features, columns, eps,
             NORM=norm, ACTIVATION=activation, GATED=gated, SPLIT=split, BLOCK_N=256, num_warps=2,
         )  # fmt: skip
+
+
+def _foldable(form, dot, columns):
+    """Whether scales may go into the weights, rounded to bfloat16: that error averages out over some groups."""
+    if dot != torch.bfloat16 or form.zeros is not None:
+        return False
+    return form.kind == "mxfp4" or (form.kind in ("int4", "int8") and columns >= 32 * form.group)
 
 
 def _tiles(rows, features, columns, kind, dot, group, processors):
@@ -156,8 +176,6 @@ def _tiles(rows, features, columns, kind, dot, group, processors):
         warps, stages, band, wanted = 4, 4, 1, WAVES * processors
     else:
         block_m, block_n, block_k, warps, stages, band, wanted = 128, 128, 64, 8, 3, 8, processors
-    if group:
-        block_k = min(block_k, group)
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(features, block_n)
     passes = triton.cdiv(columns, block_k)
     split = 1

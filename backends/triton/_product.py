@@ -21,6 +21,9 @@ import triton.language as tl
 
 from ._codes import bytes_, nibbles, scales_of
 from ._epilogue import features_of, store
+from ._ptx import pairs
+
+FEW = tl.constexpr(32)  # rows of a tile up to which every program reads all of them
 
 
 @triton.jit
@@ -28,7 +31,7 @@ def multiply(
     x, residual, gain, permutation, x_scales, weight, scales, zeros, bias, y, kept, parts, squares,
     rows, features, columns, x_row, residual_row, weight_row, eps,
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    FACTOR: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    FACTOR: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """
@@ -39,11 +42,13 @@ def multiply(
     zeros         like scales; None where the scheme is symmetric
     kept          [rows, columns], contiguous: where x + residual is stored, or None
     y             [rows, features], contiguous; where SPLIT > 1, parts [SPLIT, rows, features], squares [SPLIT, rows]
+    PTX           unpack nibbles by NVIDIA's own instructions; DOT is bfloat16 or float16
     FACTOR        what every product is multiplied by besides
     """
     tile_m, tile_n = _tile(rows, features, BLOCK_M, BLOCK_N, BAND)
     share = tl.program_id(1)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = (row < rows)[:, None]
     feature = features_of(tile_n, features, GATED, BLOCK_N)
     safe_row = tl.where(row < rows, row, 0).to(tl.int64)
     safe_feature = tl.where(feature < features, feature, 0)
@@ -52,21 +57,28 @@ def multiply(
     if residual is not None:
         residual_rows = residual + (safe_row * residual_row)[:, None]
     weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
-    scale_at, scale_stride = safe_feature // SCALE_ROWS, tl.cdiv(features, SCALE_ROWS)
+    ONE_SCALE: tl.constexpr = SCALE_ROWS % BLOCK_N == 0 and not GATED  # for all features of the tile
+    scale_at = tile_n * BLOCK_N // SCALE_ROWS if ONE_SCALE else safe_feature // SCALE_ROWS
+    scale_stride = tl.cdiv(features, SCALE_ROWS)
 
+    FOLD: tl.constexpr = GROUP > 0 and GROUP < BLOCK_K  # scales go into the weights: their products are rounded to DOT
+    AFTER: tl.constexpr = GROUP > 0 and GROUP >= BLOCK_K  # scales are applied to the sum of a pass
     SUM: tl.constexpr = tl.int32 if DOT == tl.int8 and GROUP == 0 else tl.float32
+    ZEROS: tl.constexpr = zeros is not None
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
     begin = share * length
     end = tl.minimum(begin + length, columns)
-    scale = _scales_at(scales, scale_at, scale_stride, begin, columns, KIND, GROUP)
+    scale = _scales_at(scales, scale_at, scale_stride, begin, columns, KIND, GROUP if AFTER else 0)
     zero = _zeros_at(zeros, scale_at, scale_stride, begin, columns, GROUP)
+    x_group = x_scales if X_GROUPED else None
+    x_scale = _x_scales_at(x_group, safe_row, begin, columns, GROUP)
 
     for start in range(begin, end, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        a = _summed(x_rows, residual_rows, permutation, column, columns, EVEN)
+        a = _summed(x_rows, residual_rows, permutation, there, column, columns, EVEN, BLOCK_M <= FEW)
         if kept is not None:
             if tile_n == 0:
                 at = kept + (row.to(tl.int64) * columns)[:, None] + column[None, :]
@@ -77,28 +89,39 @@ def multiply(
         if gain is not None:
             a = a.to(tl.float32) * _masked(gain + column, column, columns, EVEN).to(tl.float32)[None, :]
         # Read a pass early, because nothing else hides the way to memory.
-        next_scale = _scales_at(scales, scale_at, scale_stride, start + BLOCK_K, columns, KIND, GROUP)
+        next_scale = _scales_at(scales, scale_at, scale_stride, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
+        next_x_scale = _x_scales_at(x_group, safe_row, start + BLOCK_K, columns, GROUP)
         next_zero = _zeros_at(zeros, scale_at, scale_stride, start + BLOCK_K, columns, GROUP)
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
             codes = _masked((weight_rows + half[None, :]), half[None, :], (columns + 1) // 2, EVEN)
             even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
-            low, high = nibbles(codes, zero, KIND, DOT), nibbles(codes >> 4, zero, KIND, DOT)
-            part = _dot(odd, high, _dot(even, low, None if GROUP else sums))
+            if PTX:
+                low, high = pairs(codes, zero, ZEROS, KIND, DOT)
+            else:
+                low, high = nibbles(codes, zero, ZEROS, KIND, DOT), nibbles(codes >> 4, zero, ZEROS, KIND, DOT)
+            if FOLD:
+                fold = _fold_at(scales, scale_at, scale_stride, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
+                low, high = _folded(low, fold), _folded(high, fold)
+            part = _dot(odd, high, _dot(even, low, None if AFTER else sums))
         else:
             codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
-            b = bytes_(codes, zero, KIND, DOT)
-            part = _dot(a.to(DOT), b, None if GROUP else sums)
-        if zeros is not None and KIND == "int8" and DOT == tl.int8:  # q - zero may take 9 bits
+            b = bytes_(codes, zero, ZEROS, KIND, DOT)
+            if FOLD:
+                b = _folded(b, _fold_at(scales, scale_at, scale_stride, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
+            part = _dot(a.to(DOT), b, None if AFTER else sums)
+        if ZEROS and KIND == "int8" and DOT == tl.int8:  # q - zero may take 9 bits
             part -= tl.sum(a.to(tl.int32), 1)[:, None] * zero.to(tl.int32)[None, :]
-        if GROUP:
-            part = part.to(tl.float32) * scale[None, :]
-            if X_GROUPED:
-                part *= tl.load(x_scales + safe_row * tl.cdiv(columns, GROUP) + start // GROUP)[:, None]
-            sums += part
+        if AFTER:
+            if ONE_SCALE:
+                sums += part.to(tl.float32) * (x_scale * scale)[:, None]
+            elif X_GROUPED:
+                sums += part.to(tl.float32) * x_scale[:, None] * scale[None, :]
+            else:
+                sums += part.to(tl.float32) * scale[None, :]
         else:
             sums = part
-        scale, zero = next_scale, next_zero
+        scale, zero, x_scale = next_scale, next_zero, next_x_scale
 
     z = sums.to(tl.float32) * FACTOR
     if scales is not None and GROUP == 0:
@@ -152,43 +175,85 @@ def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl
 def _masked(at, index, count, EVEN: tl.constexpr):
     """What lies at `at`, and 0 past the end.  EVEN: tiles do not reach past it."""
     if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=index < count, other=0.0)
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=index < count, other=0.0)
+    return found
 
 
 @triton.jit
-def _summed(x_rows, residual_rows, permutation, column, columns, EVEN: tl.constexpr):
-    """x + residual, [BLOCK_M, BLOCK_K] of stored columns; in the dtype of x where nothing is added."""
+def _summed(
+    x_rows, residual_rows, permutation, there, column, columns, EVEN: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """x + residual, [BLOCK_M, BLOCK_K] of stored columns; in the dtype of x where nothing is added.
+
+    SHARED: few rows, which programs beside this one read too: through L1, and only those that are there.
+    """
     source = column
     if permutation is not None:
         source = _masked(permutation + column, column, columns, EVEN)
-    a = _masked(x_rows + source[None, :], column[None, :], columns, EVEN)
-    if residual_rows is not None:
-        a = a.to(tl.float32) + _masked(residual_rows + source[None, :], column[None, :], columns, EVEN).to(tl.float32)
+    if SHARED:
+        inside = there if EVEN else there & (column < columns)[None, :]
+        a = tl.load(x_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca")
+        if residual_rows is not None:
+            added = tl.load(residual_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca")
+            a = a.to(tl.float32) + added.to(tl.float32)
+    else:
+        a = _masked(x_rows + source[None, :], column[None, :], columns, EVEN)
+        if residual_rows is not None:
+            added = _masked(residual_rows + source[None, :], column[None, :], columns, EVEN)
+            a = a.to(tl.float32) + added.to(tl.float32)
     return a
 
 
 @triton.jit
 def _scales_at(scales, at, stride, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr):
     """The scales of the group that holds column `start`; any value past the last one."""
-    if GROUP == 0 or scales is None:
-        return 1.0
-    group = tl.minimum(start, columns - 1) // GROUP
-    return scales_of(tl.load(scales + group.to(tl.int64) * stride + at), KIND)
+    found = 1.0
+    if GROUP and scales is not None:
+        group = tl.minimum(start, columns - 1) // GROUP
+        found = scales_of(tl.load(scales + group.to(tl.int64) * stride + at), KIND)
+    return found
+
+
+@triton.jit
+def _fold_at(
+    scales, at, stride, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The scales of each group of a tile, [BLOCK_N, BLOCK_K / GROUP]."""
+    group = tl.minimum(start // GROUP + tl.arange(0, BLOCK_K // GROUP), tl.cdiv(columns, GROUP) - 1)
+    return scales_of(tl.load(scales + group.to(tl.int64)[None, :] * stride + at[:, None]), KIND)
+
+
+@triton.jit
+def _folded(b, scale):
+    """b [n, k] times scale [n, groups]."""
+    apart = tl.reshape(b, (b.shape[0], scale.shape[1], b.shape[1] // scale.shape[1]))
+    return tl.reshape(apart * scale[:, :, None], b.shape)
 
 
 @triton.jit
 def _zeros_at(zeros, at, stride, start, columns, GROUP: tl.constexpr):
-    if zeros is None:
-        return None
-    if GROUP == 0:
-        return tl.load(zeros + at)
-    return tl.load(zeros + (tl.minimum(start, columns - 1) // GROUP).to(tl.int64) * stride + at)
+    found = 0
+    if zeros is not None:
+        group = tl.minimum(start, columns - 1) // GROUP if GROUP else 0
+        found = tl.load(zeros + tl.full([], group, tl.int64) * stride + at)
+    return found
+
+
+@triton.jit
+def _x_scales_at(x_scales, row, start, columns, GROUP: tl.constexpr):
+    found = tl.full(row.shape, 1.0, tl.float32)
+    if x_scales is not None:
+        found = tl.load(x_scales + row * tl.cdiv(columns, GROUP) + tl.minimum(start, columns - 1) // GROUP)
+    return found
 
 
 @triton.jit
 def _dot(a, b, sums):
     """sums + a [m, k] @ b [n, k]T"""
     if a.dtype == tl.int8:
-        return tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
-    return tl.dot(a, tl.trans(b), sums, input_precision="ieee")
+        sums = tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
+    else:
+        sums = tl.dot(a, tl.trans(b), sums, input_precision="ieee")
+    return sums

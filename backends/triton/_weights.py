@@ -23,6 +23,7 @@ class Form:
     permutation: Any = None
     group: int = 0
     scale_rows: int = 1
+    tops: Any = None  # float32 [1, features], the largest scale of each row, where groups have scales; never 0
     rounding: str | None = None  # what x is rounded to
     x_group: int = 0
     input_scale: Any = None
@@ -56,7 +57,21 @@ def _form(weight):
         permutation=None if weight.permutation is None else weight.permutation.contiguous(),
         group=scheme.group,
         scale_rows=scheme.group if scheme.granularity == "block" else 1,
+        tops=_tops(weight) if scheme.group else None,
         rounding=scheme.activation,
         x_group=scheme.activation_group,
         input_scale=weight.input_scale,
     )
+
+
+def _tops(weight):
+    scheme, (features, columns) = weight.scheme, weight.shape
+    scales = weight.scales
+    if scheme.weight == "mxfp4":  # halves, since the kernels' codes are doubled
+        scales = torch.exp2(scales.double() - 128)
+    if not scales.shape[1]:
+        return torch.ones(1, features, device=scales.device)
+    tops = scales.float().abs().amax(1)
+    if scheme.granularity == "block":
+        tops = tops.repeat_interleave(scheme.group)[:features]
+    return torch.where(tops < torch.finfo(torch.float32).tiny, 1, tops)[None].contiguous()
