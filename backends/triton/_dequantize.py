@@ -51,7 +51,8 @@ def _dequantize(
         number = bytes_(codes, 0, False, KIND, tl.float32)
     inside = there & (column < columns)[None, :]
     group = tl.minimum(column, columns - 1) // GROUP if GROUP else column * 0
-    beside = group.to(tl.int64)[None, :] * tl.cdiv(features, SCALE_ROWS) + (feature // SCALE_ROWS)[:, None]
+    groups = tl.cdiv(columns, GROUP) if GROUP else 1
+    beside = ((feature // SCALE_ROWS).to(tl.int64) * groups)[:, None] + group[None, :]
     if zeros is not None:  # nibbles are less 8 already
         number -= tl.load(zeros + beside, mask=inside, other=0).to(tl.float32) - (8.0 if KIND == "int4" else 0.0)
     if GROUP:

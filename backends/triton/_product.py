@@ -26,7 +26,7 @@ from ._ptx import pairs
 FEW = tl.constexpr(32)  # rows of a tile up to which every program reads all of them
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def multiply(
     x, residual, gain, permutation, x_scales, weight, scales, zeros, bias, y, kept, parts, squares,
     rows, features, columns, x_row, residual_row, weight_row, eps,
@@ -38,7 +38,7 @@ def multiply(
     x, residual   [rows, columns], unit stride along a row; x in DOT where its values were rounded to 8 bits
     x_scales      float32 [rows, columns / 128] where X_GROUPED, else [rows]; None where x was not rounded
     weight        [features, columns], nibbles: [features, ceil(columns / 2)] uint8; unit stride along a row
-    scales        [ceil(columns / GROUP), ceil(features / SCALE_ROWS)], one row of them where GROUP is 0; None: dense
+    scales        [ceil(features / SCALE_ROWS), ceil(columns / GROUP)], where GROUP is 0 [features]; None: dense
     zeros         like scales; None where the scheme is symmetric
     kept          [rows, columns], contiguous: where x + residual is stored, or None
     y             [rows, features], contiguous; where SPLIT > 1, parts [SPLIT, rows, features], squares [SPLIT, rows]
@@ -58,8 +58,9 @@ def multiply(
         residual_rows = residual + (safe_row * residual_row)[:, None]
     weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
     ONE_SCALE: tl.constexpr = SCALE_ROWS % BLOCK_N == 0 and not GATED  # for all features of the tile
-    scale_at = tile_n * BLOCK_N // SCALE_ROWS if ONE_SCALE else safe_feature // SCALE_ROWS
-    scale_stride = tl.cdiv(features, SCALE_ROWS)
+    scale_row = tile_n * BLOCK_N // SCALE_ROWS if ONE_SCALE else safe_feature // SCALE_ROWS
+    groups = tl.cdiv(columns, GROUP) if GROUP else 1
+    scale_at = scale_row.to(tl.int64) * groups
 
     FOLD: tl.constexpr = GROUP > 0 and GROUP < BLOCK_K  # scales go into the weights: their products are rounded to DOT
     AFTER: tl.constexpr = GROUP > 0 and GROUP >= BLOCK_K  # scales are applied to the sum of a pass
@@ -71,8 +72,8 @@ def multiply(
     length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
     begin = share * length
     end = tl.minimum(begin + length, columns)
-    scale = _scales_at(scales, scale_at, scale_stride, begin, columns, KIND, GROUP if AFTER else 0)
-    zero = _zeros_at(zeros, scale_at, scale_stride, begin, columns, GROUP)
+    scale = _scales_at(scales, scale_at, begin, columns, KIND, GROUP if AFTER else 0)
+    zero = _zeros_at(zeros, scale_at, begin, columns, GROUP)
     x_group = x_scales if X_GROUPED else None
     x_scale = _x_scales_at(x_group, safe_row, begin, columns, GROUP)
 
@@ -88,10 +89,10 @@ def multiply(
             square += wide * wide
         if gain is not None:
             a = a.to(tl.float32) * _masked(gain + column, column, columns, EVEN).to(tl.float32)[None, :]
-        # Read a pass early, because nothing else hides the way to memory.
-        next_scale = _scales_at(scales, scale_at, scale_stride, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
+        # Read a pass early; after the first, most lie in a line of L1 that an earlier group brought.
+        next_scale = _scales_at(scales, scale_at, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
         next_x_scale = _x_scales_at(x_group, safe_row, start + BLOCK_K, columns, GROUP)
-        next_zero = _zeros_at(zeros, scale_at, scale_stride, start + BLOCK_K, columns, GROUP)
+        next_zero = _zeros_at(zeros, scale_at, start + BLOCK_K, columns, GROUP)
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
             codes = _masked((weight_rows + half[None, :]), half[None, :], (columns + 1) // 2, EVEN)
@@ -101,14 +102,14 @@ def multiply(
             else:
                 low, high = nibbles(codes, zero, ZEROS, KIND, DOT), nibbles(codes >> 4, zero, ZEROS, KIND, DOT)
             if FOLD:
-                fold = _fold_at(scales, scale_at, scale_stride, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
+                fold = _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
                 low, high = _folded(low, fold), _folded(high, fold)
             part = _dot(odd, high, _dot(even, low, None if AFTER else sums))
         else:
             codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
             b = bytes_(codes, zero, ZEROS, KIND, DOT)
             if FOLD:
-                b = _folded(b, _fold_at(scales, scale_at, scale_stride, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
+                b = _folded(b, _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
             part = _dot(a.to(DOT), b, None if AFTER else sums)
         if ZEROS and KIND == "int8" and DOT == tl.int8:  # q - zero may take 9 bits
             part -= tl.sum(a.to(tl.int32), 1)[:, None] * zero.to(tl.int32)[None, :]
@@ -125,7 +126,7 @@ def multiply(
 
     z = sums.to(tl.float32) * FACTOR
     if scales is not None and GROUP == 0:
-        z *= scales_of(tl.load(scales + scale_at), KIND)[None, :]
+        z *= scales_of(tl.load(scales + safe_feature), KIND)[None, :]
     if x_scales is not None and not X_GROUPED:
         z *= tl.load(x_scales + safe_row)[:, None]
     if SPLIT > 1:
@@ -140,7 +141,7 @@ def multiply(
         store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def finish(
     parts, squares, bias, y, rows, features, columns, eps,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -207,22 +208,22 @@ def _summed(
 
 
 @triton.jit
-def _scales_at(scales, at, stride, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr):
+def _scales_at(scales, at, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr):
     """The scales of the group that holds column `start`; any value past the last one."""
     found = 1.0
     if GROUP and scales is not None:
         group = tl.minimum(start, columns - 1) // GROUP
-        found = scales_of(tl.load(scales + group.to(tl.int64) * stride + at), KIND)
+        found = scales_of(tl.load(scales + at + group), KIND)
     return found
 
 
 @triton.jit
 def _fold_at(
-    scales, at, stride, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+    scales, at, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """The scales of each group of a tile, [BLOCK_N, BLOCK_K / GROUP]."""
     group = tl.minimum(start // GROUP + tl.arange(0, BLOCK_K // GROUP), tl.cdiv(columns, GROUP) - 1)
-    return scales_of(tl.load(scales + group.to(tl.int64)[None, :] * stride + at[:, None]), KIND)
+    return scales_of(tl.load(scales + at[:, None] + group[None, :]), KIND)
 
 
 @triton.jit
@@ -233,11 +234,11 @@ def _folded(b, scale):
 
 
 @triton.jit
-def _zeros_at(zeros, at, stride, start, columns, GROUP: tl.constexpr):
+def _zeros_at(zeros, at, start, columns, GROUP: tl.constexpr):
     found = 0
     if zeros is not None:
         group = tl.minimum(start, columns - 1) // GROUP if GROUP else 0
-        found = tl.load(zeros + tl.full([], group, tl.int64) * stride + at)
+        found = tl.load(zeros + at + group)
     return found
 
 

@@ -16,16 +16,21 @@ _SPREAD = """
 
 
 def _integers(kind, one, base):
-    """(base + q) * 1 + zeros: the number's unit is 1, and zeros, $5 and $6, are -(base + zero point)."""
-    return f"""{{{_SPREAD}
-    .reg .b32 one;
+    """(base + q) * 1 + zeros: the number's unit is 1, and zeros, $5 and $6, are -(base + zero point).
+
+    `base` is the upper byte of a number and the lower one is 0, so that moving bytes sets it.
+    """
+    return f"""{{
+    .reg .b32 low, high, near, far, near_high, far_high, one, base;
     mov.b32 one, {one};
-    shr.u32 near_high, near, 4;
-    shr.u32 far_high, far, 4;
-    lop3.b32 near, near, 0x000F000F, {base}, 0xEA;
-    lop3.b32 far, far, 0x000F000F, {base}, 0xEA;
-    lop3.b32 near_high, near_high, 0x000F000F, {base}, 0xEA;
-    lop3.b32 far_high, far_high, 0x000F000F, {base}, 0xEA;
+    mov.b32 base, {base};
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 near, low, base, 0x4140;
+    prmt.b32 far, low, base, 0x4342;
+    prmt.b32 near_high, high, base, 0x4140;
+    prmt.b32 far_high, high, base, 0x4342;
     fma.rn.{kind} $0, near, one, $5;
     fma.rn.{kind} $1, far, one, $6;
     fma.rn.{kind} $2, near_high, one, $5;
@@ -53,8 +58,8 @@ def _spread_sign(source, target, sign, shift, mask):
     ]
 
 
-INTEGERS_BF16 = tl.constexpr(_integers("bf16x2", "0x3F803F80", "0x43004300"))
-INTEGERS_FP16 = tl.constexpr(_integers("f16x2", "0x3C003C00", "0x64006400"))
+INTEGERS_BF16 = tl.constexpr(_integers("bf16x2", "0x3F803F80", "0x43434343"))
+INTEGERS_FP16 = tl.constexpr(_integers("f16x2", "0x3C003C00", "0x64646464"))
 E2M1_BF16 = tl.constexpr(_e2m1("bf16x2", 6, "0x01C001C0", "0x7F007F00"))
 E2M1_FP16 = tl.constexpr(_e2m1("f16x2", 9, "0x0E000E00", "0x78007800"))
 

@@ -80,7 +80,7 @@ def _tiles(rows, width):
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def _prepare(
     x, residual, gain, shift, scale, permutation, y, kept, scales,
     rows, width, groups, x_row, x_column, residual_row, residual_column, eps,

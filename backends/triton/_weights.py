@@ -1,7 +1,4 @@
-"""A weight as the kernels read it: its values as they lie, since a GPU has no room for a second copy; small parts anew.
-
-Scales and zero points are turned, [groups, features], so that a tile of features reads neighbours.
-"""
+"""A weight as the kernels read it: every part as it lies, since a GPU has no room for a second copy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,15 +42,15 @@ def form(weight):
 
 def _form(weight):
     scheme, values = weight.scheme, weight.values
-    scales = readable(weight.scales).t()
+    scales = readable(weight.scales)
     if scheme.granularity == "tensor":
-        scales = scales.expand(1, weight.shape[0])
+        scales = scales.expand(weight.shape[0], 1)
     return Form(
         kind=scheme.weight,
         shape=weight.shape,
         values=values if values.stride(1) == 1 else values.contiguous(),
         scales=scales.contiguous(),
-        zeros=None if weight.zeros is None else weight.zeros.t().contiguous(),
+        zeros=None if weight.zeros is None else weight.zeros.contiguous(),
         permutation=None if weight.permutation is None else weight.permutation.contiguous(),
         group=scheme.group,
         scale_rows=scheme.group if scheme.granularity == "block" else 1,
