@@ -1,7 +1,7 @@
 """Stored weights become numbers a matrix unit multiplies, exactly.  Parts of the kernels in _product.py.
 
-    int4   two a byte, even columns low: 0..15 - zero point          int8   -128..127 - zero point
-    mxfp4  two a byte: e2m1, doubled, so that they are integers      fp8    e4m3
+int4   two a byte, even columns low: 0..15 - zero point          int8   -128..127 - zero point
+mxfp4  two a byte: e2m1, doubled, so that they are integers      fp8    e4m3
 """
 
 import triton
@@ -28,7 +28,7 @@ def bytes_(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.conste
     """codes [n, k] as DOT.  Of int8 with zero points, as DOT int8: codes still, since codes - zeros may take 9 bits."""
     if KIND == "fp8" and codes.dtype == tl.uint8:
         found = e4m3(codes, DOT)
-    elif ZEROS and DOT != tl.int8:
+    elif ZEROS and tl.int8 != DOT:
         found = (codes.to(tl.int16) - zeros.to(tl.int16)[:, None]).to(DOT)
     else:
         found = codes.to(DOT)
@@ -43,7 +43,7 @@ def e4m3(codes, DOT: tl.constexpr):
     """
     wide = codes.to(tl.int16)
     broken = (wide & 0x7F) == 0x7F
-    if DOT == tl.float8e4b8:
+    if tl.float8e4b8 == DOT:
         found = tl.where(broken, 128, tl.where(wide == 128, 0, wide)).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
     else:
         half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0

@@ -18,7 +18,7 @@ def dequantized(form, dtype):
     features, columns = form.shape
     dense = torch.empty((features, columns), dtype=dtype, device=form.values.device)
     values = form.values.view(torch.uint8) if form.kind == "fp8" else form.values
-    block = {"BLOCK_N": 128 if INTERPRETED else 16, "BLOCK_K": 256}
+    block = {"BLOCK_N": 128 if INTERPRETED else 8, "BLOCK_K": 512}
     grid = (triton.cdiv(columns, block["BLOCK_K"]), triton.cdiv(features, block["BLOCK_N"]))
     tops = form.tops if form.group else form.scales
     launch(
@@ -50,13 +50,25 @@ def _dequantize(
     else:
         number = bytes_(codes, 0, False, KIND, tl.float32)
     inside = there & (column < columns)[None, :]
-    group = tl.minimum(column, columns - 1) // GROUP if GROUP else column * 0
-    groups = tl.cdiv(columns, GROUP) if GROUP else 1
-    beside = ((feature // SCALE_ROWS).to(tl.int64) * groups)[:, None] + group[None, :]
-    if zeros is not None:  # nibbles are less 8 already
-        number -= tl.load(zeros + beside, mask=inside, other=0).to(tl.float32) - (8.0 if KIND == "int4" else 0.0)
     if GROUP:
+        SPAN: tl.constexpr = GROUP if GROUP < BLOCK_K else BLOCK_K
+        groups = tl.cdiv(columns, GROUP)
+        group = tl.program_id(0) * BLOCK_K // GROUP + tl.arange(0, BLOCK_K // SPAN)
+        beside = ((feature // SCALE_ROWS).to(tl.int64) * groups)[:, None] + group[None, :]
+        held = there & (group < groups)[None, :]
+        number = tl.reshape(number, (BLOCK_N, BLOCK_K // SPAN, SPAN))
+        if zeros is not None:
+            number -= _zeros(zeros, beside, held, KIND)[:, :, None]
         top = tl.load(tops + feature, mask=feature < features, other=1.0)[:, None]
-        number *= scales_of(tl.load(scales + beside, mask=inside, other=0), KIND) / top
+        factor = scales_of(tl.load(scales + beside, mask=held, other=0), KIND) / top
+        number = tl.reshape(number * factor[:, :, None], (BLOCK_N, BLOCK_K))
+    elif zeros is not None:
+        number -= _zeros(zeros, feature[:, None], there, KIND)
     out = dense + (feature.to(tl.int64) * columns)[:, None] + column[None, :]
     tl.store(out, number.to(dense.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _zeros(zeros, at, inside, KIND: tl.constexpr):
+    """Zero points; what nibbles are less already is taken off."""
+    return tl.load(zeros + at, mask=inside, other=0).to(tl.float32) - (8.0 if KIND == "int4" else 0.0)

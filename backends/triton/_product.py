@@ -1,13 +1,13 @@
-"""One product for every weight: y = act(norm(x + residual) @ weightT + bias).
+"""One product for every weight: y = act(x @ weightT + bias), of rows that _rows.py made ready.
 
     y [rows, features]        a program sums BLOCK_M x BLOCK_N of it over its share of the columns k
 
               features ──>                    for each BLOCK_K columns of its share:
-        rows  ┌────┬────┬────┬─               a = x [BLOCK_M, BLOCK_K], with residual and gain where NORM asks for them
+        rows  ┌────┬────┬────┬─               a = x [BLOCK_M, BLOCK_K]
          │    │    │    │    │                b = weight [BLOCK_N, BLOCK_K], integers or fp8, not yet scaled
          v    ├────┼────┼────┼─               sum += a @ bT, times the scales of the group
               │    │    │    │
-                                              then: scales of rows, 1 / rms, bias, activation, one rounding, store
+                                              then: scales of rows, bias, activation, one rounding, store
 
 Few rows: the time goes to the weight's bytes, and SPLIT programs share the columns of a tile, so that enough of them are
 in flight; each stores its sum in float32, and `_finish` adds them in their order.  Many rows: one program a tile, tiles
@@ -28,21 +28,22 @@ FEW = tl.constexpr(32)  # rows of a tile up to which every program reads all of 
 
 @triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def multiply(
-    x, residual, gain, permutation, x_scales, weight, scales, zeros, bias, y, kept, parts, squares,
-    rows, features, columns, x_row, residual_row, weight_row, eps,
+    x, permutation, x_scales, weight, scales, zeros, bias, y, parts,
+    rows, features, columns, x_row, weight_row,
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    FACTOR: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
+    FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """
-    x, residual   [rows, columns], unit stride along a row; x in DOT where its values were rounded to 8 bits
+    x             [rows, columns], unit stride along a row; in DOT where its values were rounded to 8 bits
+    permutation   int32 [columns]: which column of x a stored column of the weight belongs to; or None
     x_scales      float32 [rows, columns / 128] where X_GROUPED, else [rows]; None where x was not rounded
     weight        [features, columns], nibbles: [features, ceil(columns / 2)] uint8; unit stride along a row
     scales        [ceil(features / SCALE_ROWS), ceil(columns / GROUP)], where GROUP is 0 [features]; None: dense
     zeros         like scales; None where the scheme is symmetric
-    kept          [rows, columns], contiguous: where x + residual is stored, or None
-    y             [rows, features], contiguous; where SPLIT > 1, parts [SPLIT, rows, features], squares [SPLIT, rows]
+    y             [rows, features], contiguous; where SPLIT > 1, parts float32 [SPLIT, rows, features]
     PTX           unpack nibbles by NVIDIA's own instructions; DOT is bfloat16 or float16
+    TMA           x and weight are tensor descriptors of those arrays, with a tile of this kernel as their block
     FACTOR        what every product is multiplied by besides
     """
     tile_m, tile_n = _tile(rows, features, BLOCK_M, BLOCK_N, BAND)
@@ -52,11 +53,10 @@ def multiply(
     feature = features_of(tile_n, features, GATED, BLOCK_N)
     safe_row = tl.where(row < rows, row, 0).to(tl.int64)
     safe_feature = tl.where(feature < features, feature, 0)
-    x_rows = x + (safe_row * x_row)[:, None]
-    residual_rows = None
-    if residual is not None:
-        residual_rows = residual + (safe_row * residual_row)[:, None]
-    weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
+    x_rows, weight_rows = x, weight
+    if not TMA:
+        x_rows = x + (safe_row * x_row)[:, None]
+        weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
     ONE_SCALE: tl.constexpr = SCALE_ROWS % BLOCK_N == 0 and not GATED  # for all features of the tile
     scale_row = tile_n * BLOCK_N // SCALE_ROWS if ONE_SCALE else safe_feature // SCALE_ROWS
     groups = tl.cdiv(columns, GROUP) if GROUP else 1
@@ -64,11 +64,11 @@ def multiply(
 
     FOLD: tl.constexpr = GROUP > 0 and GROUP < BLOCK_K  # scales go into the weights: their products are rounded to DOT
     AFTER: tl.constexpr = GROUP > 0 and GROUP >= BLOCK_K  # scales are applied to the sum of a pass
-    SUM: tl.constexpr = tl.int32 if DOT == tl.int8 and GROUP == 0 else tl.float32
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DOT and GROUP == 0 else tl.float32
     ZEROS: tl.constexpr = zeros is not None
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
-    square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    odd_sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
     begin = share * length
     end = tl.minimum(begin + length, columns)
@@ -79,23 +79,20 @@ def multiply(
 
     for start in range(begin, end, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        a = _summed(x_rows, residual_rows, permutation, there, column, columns, EVEN, BLOCK_M <= FEW)
-        if kept is not None:
-            if tile_n == 0:
-                at = kept + (row.to(tl.int64) * columns)[:, None] + column[None, :]
-                tl.store(at, a.to(kept.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
-        if NORM == "rms":
-            wide = a.to(tl.float32)
-            square += wide * wide
-        if gain is not None:
-            a = a.to(tl.float32) * _masked(gain + column, column, columns, EVEN).to(tl.float32)[None, :]
+        if TMA:
+            a = x.load([tile_m * BLOCK_M, start])
+        else:
+            a = _activations(x_rows, permutation, there, column, columns, EVEN, BLOCK_M <= FEW)
         # Read a pass early; after the first, most lie in a line of L1 that an earlier group brought.
         next_scale = _scales_at(scales, scale_at, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
         next_x_scale = _x_scales_at(x_group, safe_row, start + BLOCK_K, columns, GROUP)
         next_zero = _zeros_at(zeros, scale_at, start + BLOCK_K, columns, GROUP)
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
-            codes = _masked((weight_rows + half[None, :]), half[None, :], (columns + 1) // 2, EVEN)
+            if TMA:
+                codes = weight.load([tile_n * BLOCK_N, start // 2])
+            else:
+                codes = _masked(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
             even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
             if PTX:
                 low, high = pairs(codes, zero, ZEROS, KIND, DOT)
@@ -104,14 +101,22 @@ def multiply(
             if FOLD:
                 fold = _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
                 low, high = _folded(low, fold), _folded(high, fold)
-            part = _dot(odd, high, _dot(even, low, None if AFTER else sums))
+            if AFTER:
+                part = _dot(even, low, None) + _dot(odd, high, None)
+            elif BLOCK_M <= FEW:  # two sums: a matrix instruction waits for the last one on the same sum
+                part, odd_sums = _dot(even, low, sums), _dot(odd, high, odd_sums)
+            else:
+                part = _dot(odd, high, _dot(even, low, sums))
         else:
-            codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
+            if TMA:
+                codes = weight.load([tile_n * BLOCK_N, start])
+            else:
+                codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
             b = bytes_(codes, zero, ZEROS, KIND, DOT)
             if FOLD:
                 b = _folded(b, _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
             part = _dot(a.to(DOT), b, None if AFTER else sums)
-        if ZEROS and KIND == "int8" and DOT == tl.int8:  # q - zero may take 9 bits
+        if ZEROS and KIND == "int8" and tl.int8 == DOT:  # q - zero may take 9 bits
             part -= tl.sum(a.to(tl.int32), 1)[:, None] * zero.to(tl.int32)[None, :]
         if AFTER:
             if ONE_SCALE:
@@ -124,7 +129,7 @@ def multiply(
             sums = part
         scale, zero, x_scale = next_scale, next_zero, next_x_scale
 
-    z = sums.to(tl.float32) * FACTOR
+    z = (sums + odd_sums).to(tl.float32) * FACTOR
     if scales is not None and GROUP == 0:
         z *= scales_of(tl.load(scales + safe_feature), KIND)[None, :]
     if x_scales is not None and not X_GROUPED:
@@ -132,32 +137,22 @@ def multiply(
     if SPLIT > 1:
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         tl.store(at, z, mask=(row < rows)[:, None] & (feature < features)[None, :])
-        if NORM == "rms":
-            if tile_n == 0:
-                tl.store(squares + share * rows + row, tl.sum(square, 1), mask=row < rows)
     else:
-        if NORM == "rms":
-            z *= tl.rsqrt(tl.sum(square, 1) / columns + eps)[:, None]
         store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def finish(
-    parts, squares, bias, y, rows, features, columns, eps,
-    NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts, bias, y, rows, features,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """parts float32 [SPLIT, rows, features] -> y [rows, features]: the sums, in the order of the shares."""
     row = tl.program_id(1) + tl.arange(0, 1)
     feature = features_of(tl.program_id(0), features, GATED, BLOCK_N)
     z = tl.zeros([1, BLOCK_N], tl.float32)
-    square = tl.zeros([1], tl.float32)
     for share in tl.static_range(SPLIT):
-        at = (share * rows + row).to(tl.int64) * features
-        z += tl.load(parts + at[:, None] + feature[None, :], mask=(feature < features)[None, :], other=0.0)
-        if NORM == "rms":
-            square += tl.load(squares + share * rows + row)
-    if NORM == "rms":
-        z *= tl.rsqrt(square / columns + eps)[:, None]
+        at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
+        z += tl.load(at, mask=(feature < features)[None, :], other=0.0)
     store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, 1, BLOCK_N)
 
 
@@ -183,10 +178,10 @@ def _masked(at, index, count, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _summed(
-    x_rows, residual_rows, permutation, there, column, columns, EVEN: tl.constexpr, SHARED: tl.constexpr
+def _activations(
+    x_rows, permutation, there, column, columns, EVEN: tl.constexpr, SHARED: tl.constexpr
 ):  # fmt: skip
-    """x + residual, [BLOCK_M, BLOCK_K] of stored columns; in the dtype of x where nothing is added.
+    """x [BLOCK_M, BLOCK_K], in the order of stored columns.
 
     SHARED: few rows, which programs beside this one read too: through L1, and only those that are there.
     """
@@ -196,14 +191,8 @@ def _summed(
     if SHARED:
         inside = there if EVEN else there & (column < columns)[None, :]
         a = tl.load(x_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca")
-        if residual_rows is not None:
-            added = tl.load(residual_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca")
-            a = a.to(tl.float32) + added.to(tl.float32)
     else:
         a = _masked(x_rows + source[None, :], column[None, :], columns, EVEN)
-        if residual_rows is not None:
-            added = _masked(residual_rows + source[None, :], column[None, :], columns, EVEN)
-            a = a.to(tl.float32) + added.to(tl.float32)
     return a
 
 

@@ -67,11 +67,11 @@ E2M1_FP16 = tl.constexpr(_e2m1("f16x2", 9, "0x0E000E00", "0x78007800"))
 @triton.jit
 def pairs(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
     """The low and the high halves of bytes codes [n, k / 2], as DOT, bfloat16 or float16."""
-    UNIT: tl.constexpr = 128 if DOT == tl.bfloat16 else 1024
+    UNIT: tl.constexpr = 128 if tl.bfloat16 == DOT else 1024
     offset = tl.full(codes.shape, -(UNIT + 8), DOT)
     if ZEROS:
         offset = tl.broadcast_to((-UNIT - zeros.to(tl.int32)).to(DOT)[:, None], codes.shape)
-    if DOT == tl.bfloat16:
+    if tl.bfloat16 == DOT:
         both = tl.inline_asm_elementwise(
             INTEGERS_BF16 if KIND == "int4" else E2M1_BF16, "=r,=r,=r,=r,r,r,r", [codes, offset],
             dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,

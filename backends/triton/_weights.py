@@ -62,8 +62,7 @@ def _form(weight):
 
 
 def _tops(weight):
-    scheme, (features, columns) = weight.scheme, weight.shape
-    scales = weight.scales
+    scheme, features, scales = weight.scheme, weight.shape[0], weight.scales
     if scheme.weight == "mxfp4":  # halves, since the kernels' codes are doubled
         scales = torch.exp2(scales.double() - 128)
     if not scales.shape[1]:

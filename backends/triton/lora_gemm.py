@@ -32,7 +32,8 @@ def run(y, x, a, b, adapters, scales):
     x, a, b = readable(x), readable(a), readable(b)
     adapters, scales = adapters.contiguous(), scales.contiguous()
     target = y if computed(y.dtype) == y.dtype else y.to(computed(y.dtype))
-    tiles = choose("lora_gemm", x.device, _tiles(rows, columns, rank), dtype=x.dtype, rank=power(rank), rows=power(rows))
+    kind = {"dtype": x.dtype, "rank": power(rank), "rows": power(rows)}
+    tiles = dict(choose("lora_gemm", x.device, _tiles(rows, columns, rank), **kind))
     split, block_m, block_r = tiles.pop("SPLIT"), tiles["BLOCK_M"], power(rank, 16)
     hidden = torch.empty((split, rows, rank), dtype=torch.float32, device=x.device)
     tiles_m = triton.cdiv(rows, block_m)
@@ -58,7 +59,8 @@ def _tiles(rows, columns, rank):
         }  # fmt: skip
     block_k = 128 if rank <= 64 else 64
     split = power(triton.cdiv(columns, 4 * block_k), most=16 if rows <= 256 else 2)
-    return {"BLOCK_M": 16, "BLOCK_K": block_k, "BLOCK_N": 64, "SPLIT": split, "num_warps": 4, "num_stages": 3}
+    block_m = 16 if rows <= 256 else 64
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_N": 64, "SPLIT": split, "num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
@@ -98,7 +100,7 @@ def _expand(
 ):  # fmt: skip
     """hidden float32 [SPLIT, rows, rank], b [count, outputs, rank] -> y [rows, outputs], in place.
 
-    The sum stays in float32, so the product is one of float32: on tensor cores as three of tf32, which is as exact.
+    hidden is not rounded before its product with b, which is therefore one of float32; rank is small.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
