@@ -23,7 +23,7 @@ from ._ptx import pairs
 
 @triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def multiply_few(
-    x, permutation, x_scales, weight, scales, zeros, bias, y, parts,
+    x, x_scales, weight, scales, zeros, bias, y, parts,
     rows, features, columns, x_row, weight_row,
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
     FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
@@ -50,11 +50,8 @@ def multiply_few(
 
     for start in range(begin, end, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        source = column
-        if permutation is not None:
-            source = loaded(permutation + column, column, columns, EVEN)
         inside = there if EVEN else there & (column < columns)[None, :]
-        a = tl.load(x_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca").to(DOT)
+        a = tl.load(x_rows + column[None, :], mask=inside, other=0.0, cache_modifier=".ca").to(DOT)
         group = tl.zeros([SLICES], tl.int32)
         if GROUP:
             group = tl.minimum((start + tl.arange(0, SLICES) * WIDE) // GROUP, groups - 1)

@@ -1,6 +1,6 @@
 """act(norm(x + residual) @ weightT + bias): which kernels, in which tiles.
 
-A norm, a residual, act-order of many rows and rounding to 8 bits are one pass over x, by _rows.py, before the product.
+A norm, a residual, act-order and rounding to 8 bits are one pass over x, by _rows.py, before the product.
 Normalising in the product itself, with 1 / rms in its epilogue, saves that kernel's 2 us and was slower: at 4096 -> 6144
 and 16 rows 39 us against 23, at 4096 -> 28672 97 us against 83, because every program repeats the work on x.
 """
@@ -51,23 +51,21 @@ def linear(
     count = rows.shape[0]
     y = torch.empty((count, features // 2 if gated else features), dtype=computed(dtype), device=x.device)
     kept = torch.empty(rows.shape, dtype=computed(dtype), device=x.device) if return_residual else None
-    x_scales, permutation, factor = None, form.permutation, 1.0
+    x_scales, factor = None, 1.0
     if columns == 0:  # no scale to read either
-        form, permutation = Form("dense", form.shape, form.values), None
-    elif form.rounding or norm != "none" or residual is not None or (permutation is not None and count > FEW):
+        form = Form("dense", form.shape, form.values)
+    elif form.rounding or norm != "none" or residual is not None or form.permutation is not None:
         held = _held(form, rows, norm, residual)
         rows, x_scales = prepared(
             rows, norm=norm, gain=gain, shift=shift, residual=residual, eps=eps, keep=kept, rounding=form.rounding,
-            group=form.x_group, scale=form.input_scale, permutation=permutation, dtype=held,
+            group=form.x_group, scale=form.input_scale, permutation=form.permutation, dtype=held,
         )  # fmt: skip
-        permutation = None
         factor = 4.0 if held == torch.float8_e4m3fnuz else 1.0  # the values of both sides are halved
     if count >= MANY and form.kind != "dense" and columns >= LEAST_COLUMNS and _dense_pays(form, rows.dtype):
         values, scales = dequantized(form, rows.dtype)
         form = Form("dense", form.shape, values, scales)
     _multiply(
-        rows, form, y, x_scales=x_scales, permutation=permutation, factor=factor, bias=bias, activation=activation,
-        gated=gated,
+        rows, form, y, x_scales=x_scales, factor=factor, bias=bias, activation=activation, gated=gated,
     )  # fmt: skip
     y = rounded(y, dtype).view(*x.shape[:-1], y.shape[1])
     return y, kept if kept is None else rounded(kept, dtype).view(x.shape)
@@ -109,7 +107,7 @@ def _fp8(index):
     return torch.float8_e4m3fn if torch.cuda.get_device_capability(index) >= (8, 9) else None
 
 
-def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, gated):
+def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     (rows, columns), features, device = x.shape, form.shape[0], x.device
     kind, group, values = form.kind, form.group, form.values
     if kind == "fp8" and x.dtype != torch.float8_e4m3fn:
@@ -129,7 +127,7 @@ def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, ga
         parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
         launch(
             multiply_few, (triton.cdiv(features, choice["BLOCK_N"]), split), x,
-            x, permutation, x_scales, values, form.scales, form.zeros, bias, y, parts,
+            x, x_scales, values, form.scales, form.zeros, bias, y, parts,
             rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even, **common, **choice,
         )  # fmt: skip
         _finish(parts, bias, y, activation, gated)
@@ -141,7 +139,7 @@ def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, ga
     if group and not _foldable(form, x.dtype, columns):
         choice = choice | {"BLOCK_K": min(choice["BLOCK_K"], group)}
     left, right = x, values
-    if choice["TMA"] and not gated and permutation is None and _describable(x, values):
+    if choice["TMA"] and not gated and _describable(x, values):
         packed = 2 if kind in ("int4", "mxfp4") else 1
         left = TensorDescriptor.from_tensor(x, [choice["BLOCK_M"], choice["BLOCK_K"]])
         right = TensorDescriptor.from_tensor(values, [choice["BLOCK_N"], choice["BLOCK_K"] // packed])
@@ -151,7 +149,7 @@ def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, ga
     grid = (triton.cdiv(rows, choice["BLOCK_M"]) * triton.cdiv(features, choice["BLOCK_N"]), split)
     launch(
         multiply, grid, x,
-        left, permutation, x_scales, right, form.scales, form.zeros, bias, y, parts,
+        left, x_scales, right, form.scales, form.zeros, bias, y, parts,
         rows, features, columns, x.stride(0), values.stride(0),
         EVEN=columns % choice["BLOCK_K"] == 0, **common, **choice,
     )  # fmt: skip

@@ -51,24 +51,24 @@ def tiles(rows, features, columns, kind, dot, group, gpu):
     count = triton.cdiv(rows, block_m) * triton.cdiv(features, block_n)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BAND": band,
-        "SPLIT": _split(count, wanted, columns, block_k), "TMA": gpu.tma and rows > 255,
+        "SPLIT": _split(count, wanted, columns, block_k), "TMA": gpu.tma and rows >= 1024,
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
 def tiles_few(features, columns, kind, group, gpu):
     """Tile sizes and launch options of _few.multiply_few.  SLICES is num_warps, so that each warp has its own."""
-    wide = 128 if kind in PACKED else 64
-    if not INTERPRETED and gpu.shared < LARGE_SHARED:
-        wide //= 2
+    large = gpu.shared >= LARGE_SHARED
+    wide = (64 if kind == "dense" else 128) // (1 if large or INTERPRETED else 2)
     wide = min(wide, group or wide)
-    warps = 8 if wide < 64 else 4
-    narrow = gpu.shared < LARGE_SHARED or features < 64 * gpu.processors
-    block_n = 128 if INTERPRETED else 32 if narrow else 64
+    deep = columns >= 8192  # long shares hide what it costs to add them
+    block_n = 32 if deep else 64 if features >= 64 * gpu.processors else 16
+    block_n = 128 if INTERPRETED else min(block_n, 64 if large else 32)
+    wanted = gpu.processors * (2 if deep else 1)
     return {
-        "BLOCK_N": block_n, "WIDE": wide, "SLICES": warps,
-        "SPLIT": _split(triton.cdiv(features, block_n), gpu.processors, columns, warps * wide),
-        "num_warps": warps, "num_stages": 3 if gpu.shared >= LARGE_SHARED else 2,
+        "BLOCK_N": block_n, "WIDE": wide, "SLICES": 4,
+        "SPLIT": _split(triton.cdiv(features, block_n), wanted, columns, 4 * wide),
+        "num_warps": 4, "num_stages": 3 if large else 2,
     }  # fmt: skip
 
 
