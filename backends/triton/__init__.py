@@ -1,7 +1,7 @@
 """Triton kernels, one source for NVIDIA and AMD GPUs.  Triton's interpreter runs them on a CPU, for tests.
 
-A kernel is compiled on its first call of a kind.  With `TRITON_INTERPRET=1` in the environment the interpreter takes CPU
-tensors; without it this backend refuses them.
+A kernel is compiled on the first call of a kind.  With `TRITON_INTERPRET=1` in the environment the interpreter takes
+CPU tensors; without it this backend refuses them.
 """
 
 import os

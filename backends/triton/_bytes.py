@@ -1,0 +1,62 @@
+"""One-byte numbers and floats.  Where the chip does not convert FP8 itself, integer arithmetic on the bits does.
+
+e5m2  s eeeee mm     is the upper half of a float16
+e4m3  s eeee mmm     shifted into a float16 it is 2^8 times too small, its subnormals included; s 1111 111 is NaN
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PLAIN, INT8, E4M3, E5M2, E4M3_BITS, E5M2_BITS = map(tl.constexpr, range(6))
+"""How the elements of an array are stored; _BITS is passed as uint8."""
+
+_KINDS = {torch.int8: (INT8, INT8), torch.float8_e4m3fn: (E4M3_BITS, E4M3), torch.float8_e5m2: (E5M2_BITS, E5M2)}
+
+
+def stored(x, chip):
+    """(x as a kernel is handed it, its kind)."""
+    if x.dtype not in _KINDS:
+        return x, PLAIN.value
+    kind = _KINDS[x.dtype][chip.fp8].value
+    return (x.view(torch.uint8) if kind >= E4M3_BITS.value else x), kind
+
+
+@triton.jit
+def decoded(x, dtype: tl.constexpr, KIND: tl.constexpr):
+    """The values of stored elements in `dtype`, in which float16, bfloat16 and float32 hold them exactly."""
+    if KIND == E5M2_BITS:
+        value = (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    elif KIND == E4M3_BITS:
+        wide = x.to(tl.uint16)
+        value = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+        value = tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
+    else:
+        value = x
+    return value.to(dtype)
+
+
+@triton.jit
+def encoded(x, KIND: tl.constexpr):
+    """float32 `x` as INT8, E4M3_BITS or E5M2_BITS: rounded to nearest even, saturated; NaN is 0 in int8.
+
+    Integer arithmetic on every chip, so that every chip stores the same bytes.
+    """
+    if KIND == INT8:
+        x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -128.0), 127.0)
+        code = ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: integers are as far as float32 reaches
+    else:
+        MANTISSA: tl.constexpr = 3 if KIND == E4M3_BITS else 2
+        BIAS: tl.constexpr = 7 if KIND == E4M3_BITS else 15
+        LARGEST: tl.constexpr = 448.0 if KIND == E4M3_BITS else 57344.0
+        SHIFT: tl.constexpr = 23 - MANTISSA
+        HALF: tl.constexpr = (1 << (SHIFT - 1)) - 1
+        UNIT: tl.constexpr = 2.0 ** (SHIFT + 1 - BIAS)  # its last bit is worth the smallest subnormal
+        sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        size = tl.minimum(tl.abs(x), LARGEST)
+        bits = size.to(tl.uint32, bitcast=True)
+        normal = ((bits + HALF + ((bits >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
+        tiny = (size + UNIT).to(tl.uint32, bitcast=True) & 0xFF
+        rounded = tl.where(size < 2.0 ** (1 - BIAS), tiny, normal)
+        code = (sign | tl.where(x == x, rounded, 0x7F)).to(tl.uint8)
+    return code

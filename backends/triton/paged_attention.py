@@ -1,0 +1,142 @@
+"""paged_attention: the kernels of _attention.py, and how their grid is computed from shapes alone."""
+
+import math
+
+import torch
+
+from ._attention import attend, combine
+from ._bytes import stored
+from ._chip import chip_of
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
+from ._tuned import choose
+
+TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
+
+SHARE_BYTES = 256 << 20  # of partial results, where the keys of a sequence are shared among programs
+FAR = 2**30  # farther than any key is from any query
+
+
+def refuse(q, **others):
+    yield from refuse_device(q)
+
+
+def run(
+    q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, scale, causal, window, soft_cap, sinks, alibi_slopes,
+    k_scale, v_scale, tree_mask, return_lse, max_seqlen_q, max_seqlen_k,
+):  # fmt: skip
+    tokens, heads, dim = q.shape
+    _, page_size, kv_heads, v_dim = v_cache.shape
+    seqs, group, chip = seq_lens.shape[0], heads // kv_heads, chip_of(q)
+    out = torch.empty((tokens, heads, v_dim), dtype=computed(q.dtype), device=q.device)
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=q.device) if return_lse else None
+    if out.numel() == 0:
+        return (rounded(out, q.dtype), lse) if return_lse else rounded(out, q.dtype)
+
+    queries = min(tokens, max_seqlen_q or tokens)  # the most of a sequence
+    keys = min(block_table.shape[1] * page_size, FAR if max_seqlen_k is None else max_seqlen_k)
+    dim_a, dim_b = _split(dim)
+    inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride() and v_dim == dim_a
+    if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
+        dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
+    rows = group * min(queries, blocks(tokens, seqs))
+    heuristic = _tiles(chip, q.element_size(), k_cache.element_size(), rows, dim, v_dim, page_size)
+    tiles = choose(
+        "paged_attention", q.device, heuristic, dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim,
+        page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
+    )  # fmt: skip
+    in_tile = min(group, tiles["BLOCK_M"])
+    per_tile = tiles["BLOCK_M"] // in_tile  # tokens
+    one_tile = queries <= per_tile
+    grid = (seqs if one_tile else tokens // per_tile + seqs, kv_heads * blocks(group, in_tile))
+    shares = _shares(chip, tiles, max(seqs, tokens // per_tile) * grid[1], keys, 4 * tokens * heads * v_dim)
+    share_out = share_lse = None
+    if shares > 1:
+        share_out = torch.empty((tokens, heads, shares, v_dim), dtype=torch.float32, device=q.device)
+        share_lse = torch.empty((tokens, heads, shares), dtype=torch.float32, device=q.device)
+
+    q_in = readable(q if q.stride(2) == 1 else q.contiguous())
+    (k_in, kind), (v_in, _) = (stored(readable(cache), chip) for cache in (k_cache, v_cache))
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    tree = None if tree_mask is None else tree_mask.contiguous().view(torch.int32)
+    k_scale, v_scale, slopes, sinks = (
+        x if x is None else x.contiguous() for x in (k_scale, v_scale, alibi_slopes, sinks)
+    )
+    scale = dim**-0.5 if scale is None else scale
+    plain = scale > 0 and not soft_cap and slopes is None and k_scale is None
+    unit = math.log2(math.e) * (scale if plain else 1)
+    left, right = window
+    right = 0 if causal else right
+    launch(
+        attend, (*grid, shares), q, q_in, k_in, v_in, table, seq_lens.contiguous(), cu_seqlens_q.contiguous(),
+        k_scale, v_scale, slopes, sinks, tree, out, lse, share_out, share_lse,
+        scale, unit, soft_cap or None, min(left, FAR), min(right, FAR), seqs, kv_heads, *q_in.stride()[:2],
+        *k_in.stride(), *v_in.stride(), table.stride(0), 0 if tree is None else tree.shape[1],
+        _step(k_scale), _step(v_scale),
+        GROUP=group, HEADS=in_tile, DIM=dim, DIM_A=dim_a, DIM_B=dim_b, V_DIM=v_dim, V_PAD=power(v_dim, 16),
+        PAGE=page_size, KIND=kind, V_IN_K=inside, SAME=k_in.stride() == v_in.stride(),
+        WIDE=max(_reach(k_in), _reach(v_in)) >= 2**31,
+        LEFT=left >= 0 and tree is None, RIGHT=right >= 0 and tree is None, PLAIN_SCORES=plain, SHARES=shares > 1,
+        ONE_TILE=one_tile, **tiles,
+    )  # fmt: skip
+    if shares > 1:
+        block = power(v_dim, 16, max(16, 4096 // shares))
+        launch(
+            combine, (tokens, heads, blocks(v_dim, block)), q, share_out, share_lse, sinks, out, lse, heads,
+            SHARES=shares, PADDED=power(shares), V_DIM=v_dim, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    out = rounded(out, q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _tiles(chip, itemsize, cached, rows, dim, v_dim, page):
+    """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
+    wide = max(dim, v_dim)
+    if INTERPRETED:
+        return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
+    if itemsize == 4:  # no matrix instruction: registers are what limits
+        block = 32 if wide <= 128 else 16
+        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 4, "num_stages": 1}
+    if rows <= 64 or wide > 256:  # decode: bytes in flight matter
+        block_m = power(rows, 16, 64 if wide <= 256 else 16)
+        if chip.amd:
+            return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
+        if wide > 256:
+            return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+        return {
+            "BLOCK_M": block_m,
+            "BLOCK_N": 128 if block_m == 16 and wide <= 128 and cached > 1 else 64,
+            "num_warps": 4,
+            "num_stages": 3 if cached > 1 else 5,
+        }
+    if chip.amd:
+        return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
+    if chip.hopper:
+        return {
+            "BLOCK_M": 128,
+            "BLOCK_N": 128 if 64 < wide <= 128 and page % 64 else 64,
+            "num_warps": 8,
+            "num_stages": 5 if wide <= 128 else 3,
+        }
+    return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _shares(chip, tiles, programs, keys, bytes_each):
+    """How many programs share the keys of a tile: a power of two, so that no processor is idle."""
+    resident = chip.processors * (2 if tiles["BLOCK_M"] < 64 else 1)
+    wanted = min(resident // programs, keys // (2 * tiles["BLOCK_N"]), SHARE_BYTES // bytes_each, 64)
+    return power(wanted + 1) // 2 or 1
+
+
+def _split(dim):
+    """dim as a power of two and the power of two that covers the rest: 576 = 512 + 64, 72 = 64 + 16 - 8."""
+    most = max(16, power(dim + 1) // 2)
+    return most, power(dim - most, 16)
+
+
+def _reach(cache):
+    """No element lies farther from the first."""
+    return cache.untyped_storage().nbytes() // cache.element_size()
+
+
+def _step(scale):
+    return 0 if scale is None or scale.numel() == 1 else 1
