@@ -1,6 +1,6 @@
 """A quantized weight as a dense one, for a call with many rows: unpacked once, instead of in every tile of rows.
 
-    dense[n, k] = (q[n, k] - zero) * scale / top[n]        top[n]: the largest scale of the row, where groups have scales
+    dense[n, k] = (q[n, k] - zero) * scale / top[n]      top[n]: the largest scale of the row, where groups have scales
 
 rounded to the dtype of x.  The product multiplies by top[n] in float32, so that small and large scales fit float16.
 """

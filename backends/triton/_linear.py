@@ -1,23 +1,22 @@
 """act(norm(x + residual) @ weightT + bias): which kernels, in which tiles.
 
 A norm, a residual, act-order and rounding to 8 bits are one pass over x, by _rows.py, before the product.
-Normalising in the product itself, with 1 / rms in its epilogue, saves that kernel's 2 us and was slower: at 4096 -> 6144
-and 16 rows 39 us against 23, at 4096 -> 28672 97 us against 83, because every program repeats the work on x.
+Normalising in the product, with 1 / rms in its epilogue, saves that kernel's 2 us and was slower on an H100: with
+16 rows 4096 -> 6144 took 39 us against 23, 4096 -> 28672 97 us against 83, for every program repeats the work on x.
 """
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._chip import chip_of
 from ._dequantize import dequantized
 from ._few import multiply_few
 from ._launch import INTERPRETED, computed, launch, power, readable, rounded, rows_of
 from ._product import finish, multiply
 from ._rows import prepared
-from ._tiles import gpu, tiles, tiles_few
+from ._tiles import tiles, tiles_few
 from ._tuned import choose
 from ._weights import Form
 
@@ -86,25 +85,21 @@ def _dense_pays(form, dot):
 
 
 def _held(form, rows, norm, residual):
-    """The dtype of rows made ready: what the matrix unit multiplies, and holds their values exactly if they are rounded."""
+    """The dtype of rows made ready: one that the matrix unit multiplies, and that holds rounded values exactly."""
     if form.rounding == "int8":  # half a tile of 32 columns is less than an int8 instruction takes
         return torch.float16 if form.group == 32 and form.kind == "int4" else torch.int8
     if form.rounding == "fp8":
-        return (rows.dtype == torch.bfloat16 and _fp8(rows.device.index)) or torch.float16
+        return (rows.dtype == torch.bfloat16 and _fp8(chip_of(rows))) or torch.float16
     if norm == "none" and residual is not None and rows.dtype == torch.float16:
         return torch.float32  # the sum may be beyond float16
     return rows.dtype
 
 
-@functools.cache
-def _fp8(index):
-    """The e4m3 that this GPU's matrix unit multiplies, or None.  Its sums are too coarse for wider outputs than bfloat16."""
-    if torch.version.hip:
-        chip = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
-        if chip == "gfx942":
-            return torch.float8_e4m3fnuz
-        return torch.float8_e4m3fn if chip == "gfx950" or chip.startswith("gfx12") else None
-    return torch.float8_e4m3fn if torch.cuda.get_device_capability(index) >= (8, 9) else None
+def _fp8(chip):
+    """The e4m3 that this chip's matrix unit multiplies, or None.  Its sums are too coarse for more than bfloat16."""
+    if chip.arch == "gfx942":
+        return torch.float8_e4m3fnuz
+    return torch.float8_e4m3fn if chip.fp8 else None
 
 
 def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
@@ -119,7 +114,7 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     known = {"kind": kind, "dot": x.dtype, "group": group}
     if rows <= FEW and (INTERPRETED or x.dtype != torch.float32):
         choice = choose(
-            "product_few", device, tiles_few(features, columns, kind, group, gpu(device.index)),
+            "product_few", device, tiles_few(features, columns, kind, group, chip_of(x)),
             **known, features=features, columns=columns,
         )  # fmt: skip
         choice = choice | {"WIDE": min(choice["WIDE"], group or choice["WIDE"])}
@@ -133,7 +128,7 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
         _finish(parts, bias, y, activation, gated)
         return
     choice = choose(
-        "product", device, tiles(rows, features, columns, kind, x.dtype, group, gpu(device.index)),
+        "product", device, tiles(rows, features, columns, kind, x.dtype, group, chip_of(x)),
         **known, rows=power(rows), features=features, columns=columns,
     )  # fmt: skip
     if group and not _foldable(form, x.dtype, columns):
@@ -167,7 +162,7 @@ def _finish(parts, bias, y, activation, gated):
 
 
 def _unpacks_in_ptx(form, dot):
-    if INTERPRETED or torch.version.hip:
+    if not chip_of(form.values).arch.startswith("sm_"):
         return False
     return dot in (torch.bfloat16, torch.float16) or (dot == torch.int8 and form.kind == "int4" and form.zeros is None)
 

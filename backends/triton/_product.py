@@ -9,9 +9,9 @@
               │    │    │    │
                                               then: scales of rows, bias, activation, one rounding, store
 
-Tiles come in an order that keeps a band of weights in L2.  Where there are too few of them for the GPU, SPLIT programs
-share the columns of a tile; each stores its sum in float32, and `finish` adds them in their order.  At most 16 rows have
-a kernel of their own, _few.py.
+Tiles come in an order that keeps a band of weights in L2.  Where they are too few for the GPU, SPLIT programs share
+the columns of a tile; each stores its sum in float32, and `finish` adds them in their order.  Up to 16 rows have a
+kernel of their own, _few.py.
 
 Two nibbles a byte are two products, of the even columns and of the odd ones: no byte is moved to unpack.
 """
@@ -23,23 +23,25 @@ from ._codes import bytes_, nibbles, scales_of
 from ._epilogue import features_of, store
 from ._ptx import pairs
 
+
 @triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def multiply(
     x, x_scales, weight, scales, zeros, bias, y, parts,
     rows, features, columns, x_row, weight_row,
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
     FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """
-    x             [rows, columns], unit stride along a row, in the order of the weight's stored columns; in DOT where its
-                  values were rounded to 8 bits
+    x             [rows, columns], unit stride along a row, in the order of the weight's stored columns; its values in
+                  DOT, if they were rounded to 8 bits
     x_scales      float32 [rows, columns / 128] where X_GROUPED, else [rows]; None where x was not rounded
     weight        [features, columns], nibbles: [features, ceil(columns / 2)] uint8; unit stride along a row
     scales        [ceil(features / SCALE_ROWS), ceil(columns / GROUP)], where GROUP is 0 [features]; None: dense
     zeros         like scales; None where the scheme is symmetric
     y             [rows, features], contiguous; where SPLIT > 1, parts float32 [SPLIT, rows, features]
-    PTX           unpack nibbles by NVIDIA's own instructions; DOT is bfloat16 or float16
+    PTX           unpack nibbles by NVIDIA's own instructions: _ptx.pairs
     TMA           x and weight are tensor descriptors of those arrays, with a tile of this kernel as their block
     FACTOR        what every product is multiplied by besides
     """
@@ -92,14 +94,14 @@ def multiply(
             if PTX:
                 low, high = pairs(codes, zero[:, None], ZEROS, KIND, DOT)
             else:
-                low, high = nibbles(codes, zero[:, None], ZEROS, KIND, DOT), nibbles(codes >> 4, zero[:, None], ZEROS, KIND, DOT)
+                low, high = (
+                    nibbles(codes, zero[:, None], ZEROS, KIND, DOT),
+                    nibbles(codes >> 4, zero[:, None], ZEROS, KIND, DOT),
+                )
             if FOLD:
                 fold = _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
                 low, high = _folded(low, fold), _folded(high, fold)
-            if AFTER:
-                part = _dot(even, low, None) + _dot(odd, high, None)
-            else:
-                part = _dot(odd, high, _dot(even, low, sums))
+            part = _dot(odd, high, _dot(even, low, None if AFTER else sums))
         else:
             if TMA:
                 codes = weight.load([tile_n * BLOCK_N, start])
@@ -163,11 +165,7 @@ def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl
 @triton.jit
 def loaded(at, index, count, EVEN: tl.constexpr):
     """What lies at `at`, and 0 past the end.  EVEN: tiles do not reach past it."""
-    if EVEN:
-        found = tl.load(at)
-    else:
-        found = tl.load(at, mask=index < count, other=0.0)
-    return found
+    return tl.load(at) if EVEN else tl.load(at, mask=index < count, other=0.0)
 
 
 @triton.jit
