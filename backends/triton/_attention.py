@@ -32,14 +32,15 @@ def attend(
     k_scale_head, v_scale_head,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
     V_DIM: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, V_IN_K: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN_SCORES: tl.constexpr, SHARES: tl.constexpr,
-    ONE_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN_SCORES: tl.constexpr,
+    SHARES: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """q [tokens, heads, DIM], caches [pages, PAGE, kv_heads, DIM or V_DIM] -> out [tokens, heads, V_DIM] and lse.
 
     HEADS of the GROUP query heads of a KV head make a tile, with TOKENS = BLOCK_M // HEADS tokens.  DIM is read as
     DIM_A + DIM_B channels.  Strides are in elements.  What is None is not there.  A score
     times `unit` is an exponent of 2: unit is log2 e, and where nothing stands between score and softmax, scale too.
+    WIDE says that a cache reaches 2^31 elements or more, SAME that k_cache and v_cache have the same strides.
     """
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -101,15 +102,15 @@ def attend(
             key = n + tl.arange(0, BLOCK_N)
             live = (key >= lowest) & (key < hi)
             if ONE_PAGE:
-                page = tl.load(table + n // PAGE).to(tl.int64)
+                page = tl.load(table + n // PAGE)
                 slot = n % PAGE + tl.arange(0, BLOCK_N)
             else:
-                if EDGE:
-                    page = tl.load(table + key // PAGE, mask=live, other=0).to(tl.int64)
-                else:
-                    page = tl.load(table + key // PAGE).to(tl.int64)
+                page = tl.load(table + key // PAGE, mask=live, other=0) if EDGE else tl.load(table + key // PAGE)
                 slot = key % PAGE
-            k_row = k_start + page * k_page + slot * k_slot
+            if WIDE:
+                page = page.to(tl.int64)
+            row_offset = page * k_page + slot * k_slot
+            k_row = k_start + row_offset
             k_a = _rows(k_row, live, channel_a, k_channel, EDGE, DIM, DIM < DIM_A)
             k_a = decoded(k_a, q.dtype.element_ty, KIND)
             scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
@@ -150,7 +151,7 @@ def attend(
             if V_IN_K:
                 values = k_a
             else:
-                v_row = v_start + page * v_page + slot * v_slot
+                v_row = v_start + (row_offset if SAME else page * v_page + slot * v_slot)
                 values = _rows(v_row, live, channel_v, v_channel, EDGE, V_DIM, V_DIM < V_PAD)
                 values = decoded(values, q.dtype.element_ty, KIND)
             acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")

@@ -38,24 +38,25 @@ def decoded(x, dtype: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def encoded(x, KIND: tl.constexpr):
-    """float32 `x` as int8, or as the bits of e4m3 or e5m2: rounded to nearest even, saturated; NaN is 0 in int8.
+    """float32 `x` as INT8, E4M3_BITS or E5M2_BITS: rounded to nearest even, saturated; NaN is 0 in int8.
 
     Integer arithmetic on every chip, so that every chip stores the same bytes.
     """
     if KIND == INT8:
         x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0), -128.0), 127.0)
-        return ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: integers are as far as float32 reaches
-    E4M3_WANTED: tl.constexpr = KIND in (E4M3, E4M3_BITS)
-    MANTISSA: tl.constexpr = 3 if E4M3_WANTED else 2
-    BIAS: tl.constexpr = 7 if E4M3_WANTED else 15
-    LARGEST: tl.constexpr = 448.0 if E4M3_WANTED else 57344.0
-    UNIT: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)  # its last bit is worth the smallest subnormal
-    sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
-    size = tl.minimum(tl.abs(x), LARGEST)
-    bits = size.to(tl.uint32, bitcast=True)
-    SHIFT: tl.constexpr = 23 - MANTISSA
-    HALF: tl.constexpr = (1 << (SHIFT - 1)) - 1
-    normal = ((bits + HALF + ((bits >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
-    tiny = (size + UNIT).to(tl.uint32, bitcast=True) & 0xFF
-    code = tl.where(size < 2.0 ** (1 - BIAS), tiny, normal)
-    return (sign | tl.where(x == x, code, 0x7F)).to(tl.uint8)
+        code = ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: integers are as far as float32 reaches
+    else:
+        MANTISSA: tl.constexpr = 3 if KIND == E4M3_BITS else 2
+        BIAS: tl.constexpr = 7 if KIND == E4M3_BITS else 15
+        LARGEST: tl.constexpr = 448.0 if KIND == E4M3_BITS else 57344.0
+        SHIFT: tl.constexpr = 23 - MANTISSA
+        HALF: tl.constexpr = (1 << (SHIFT - 1)) - 1
+        UNIT: tl.constexpr = 2.0 ** (SHIFT + 1 - BIAS)  # its last bit is worth the smallest subnormal
+        sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        size = tl.minimum(tl.abs(x), LARGEST)
+        bits = size.to(tl.uint32, bitcast=True)
+        normal = ((bits + HALF + ((bits >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
+        tiny = (size + UNIT).to(tl.uint32, bitcast=True) & 0xFF
+        rounded = tl.where(size < 2.0 ** (1 - BIAS), tiny, normal)
+        code = (sign | tl.where(x == x, rounded, 0x7F)).to(tl.uint8)
+    return code

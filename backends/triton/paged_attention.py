@@ -41,9 +41,9 @@ def run(
         dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     rows = group * min(queries, triton.cdiv(tokens, seqs))
     tiles = choose(
-        "paged_attention", q.device, _tiles(chip, q.element_size(), rows, dim, v_dim), dtype=q.dtype,
-        cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim, page=page_size, rows=power(rows, 16, 1024),
-        keys=power(keys, 256),
+        "paged_attention", q.device, _tiles(chip, q.element_size(), k_cache.element_size(), rows, dim, v_dim),
+        dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim, page=page_size,
+        rows=power(rows, 16, 1024), keys=power(keys, 256),
     )  # fmt: skip
     block_m, block_n = tiles["BLOCK_M"], tiles["BLOCK_N"]
     in_tile = min(group, block_m)
@@ -53,7 +53,7 @@ def run(
         seqs if one_tile else min(tokens // per_tile + seqs, seqs * triton.cdiv(queries, per_tile) + seqs),
         kv_heads * triton.cdiv(group, in_tile),
     )
-    shares = _shares(chip, grid[0] * grid[1], keys, block_n, 4 * tokens * heads * v_dim)
+    shares = _shares(chip, max(seqs, tokens // per_tile) * grid[1], keys, block_n, 4 * tokens * heads * v_dim)
     share_out = share_lse = None
     if shares > 1:
         share_out = torch.empty((tokens, heads, shares, v_dim), dtype=torch.float32, device=q.device)
@@ -78,10 +78,10 @@ def run(
         *k_in.stride(), *v_in.stride(), table.stride(0), 0 if tree is None else tree.shape[1],
         _step(k_scale), _step(v_scale),
         GROUP=group, HEADS=in_tile, DIM=dim, DIM_A=dim_a, DIM_B=dim_b, V_DIM=v_dim, V_PAD=power(v_dim, 16),
-        PAGE=page_size, KIND=kind, V_IN_K=inside,
-        LEFT=left >= 0 and tree is None, RIGHT=right >= 0 and tree is None,
-        PLAIN_SCORES=plain,
-        SHARES=shares > 1, ONE_TILE=one_tile, **tiles,
+        PAGE=page_size, KIND=kind, V_IN_K=inside, SAME=k_in.stride() == v_in.stride(),
+        WIDE=max(_extent(k_in), _extent(v_in)) >= 2**31,
+        LEFT=left >= 0 and tree is None, RIGHT=right >= 0 and tree is None, PLAIN_SCORES=plain, SHARES=shares > 1,
+        ONE_TILE=one_tile, **tiles,
     )  # fmt: skip
     if shares > 1:
         block = power(v_dim, 16, max(16, 4096 // shares))
@@ -93,8 +93,8 @@ def run(
     return (out, lse) if return_lse else out
 
 
-def _tiles(chip, itemsize, rows, dim, v_dim):
-    """rows: query heads times tokens that a sequence has for a KV head, about."""
+def _tiles(chip, itemsize, cached, rows, dim, v_dim):
+    """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
     wide = max(dim, v_dim)
     if INTERPRETED:
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
@@ -103,11 +103,15 @@ def _tiles(chip, itemsize, rows, dim, v_dim):
         return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 4, "num_stages": 1}
     if rows <= 64 or wide > 256:  # decode: bytes in flight matter
         block_m = power(rows, 16, 64 if wide <= 256 else 16)
+        if chip.amd:
+            return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
+        if wide > 256:
+            return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
         return {
             "BLOCK_M": block_m,
-            "BLOCK_N": 64 if wide <= 256 else 32,
-            "num_warps": 4 if wide <= 256 else 8,
-            "num_stages": 1 if chip.amd else 3 if wide <= 256 else 2,
+            "BLOCK_N": 128 if block_m == 16 and wide <= 128 and cached > 1 else 64,
+            "num_warps": 4,
+            "num_stages": 3 if cached > 1 else 5,
         }
     if chip.amd:
         return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
@@ -117,15 +121,20 @@ def _tiles(chip, itemsize, rows, dim, v_dim):
 
 
 def _shares(chip, programs, keys, block_n, bytes_each):
-    """How many programs share the keys of a tile: a power of two that gives every processor two programs."""
-    wanted = min(2 * chip.processors // programs, keys // (2 * block_n), SHARE_BYTES // bytes_each, 64)
-    return power(max(wanted, 1) + 1) // 2
+    """How many programs share the keys of a tile: a power of two that gives every processor two programs or more."""
+    wanted = min(triton.cdiv(2 * chip.processors, programs), SHARE_BYTES // bytes_each, 64)
+    return min(power(wanted), power(keys // (2 * block_n) + 1) // 2 or 1)
 
 
 def _split(dim):
     """dim as a power of two and the power of two that covers the rest: 576 = 512 + 64, 72 = 64 + 16 - 8."""
     most = max(16, power(dim + 1) // 2)
     return most, power(dim - most, 16)
+
+
+def _extent(cache):
+    """How many elements lie between the first and the last."""
+    return sum((size - 1) * stride for size, stride in zip(cache.shape, cache.stride(), strict=True))
 
 
 def _step(scale):

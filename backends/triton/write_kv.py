@@ -39,7 +39,7 @@ def _pair(rows, cache):
     if cache.dtype == rows.dtype:
         as_integers = _INTEGERS[rows.element_size()]
         return rows.view(as_integers), cache.view(as_integers), PLAIN.value
-    return readable(rows), *stored(cache, INTERPRETER)
+    return readable(rows), *stored(cache, INTERPRETER)  # FP8 as bits on every chip
 
 
 def _step(scale):

@@ -1,0 +1,92 @@
+"""The Triton backend, in Triton's interpreter: in processes of its own, because Triton decides once how it runs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llmkernels.discovery import absent
+
+pytest.importorskip("triton")
+
+OPS = ("merge_attention", "rotary_embedding", "silu_and_mul", "write_kv", "sample", "paged_attention")
+
+
+def python(*args, **environment):
+    done = subprocess.run(
+        [sys.executable, *args], env=os.environ | environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert not done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_emulated(op):
+    said = python("-m", "llmkernels", "conformance", "--backend=triton", "--emulated", "--dtype=float16",
+                  f"--op={op}", "--json")  # fmt: skip
+    report = json.loads(said)
+    assert report["mode"] == "emulated"
+    assert report["failed"] == report["refused"] == 0 < report["passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_emulated_in_other_dtypes(op, dtype):
+    python("-m", "llmkernels", "conformance", "--backend=triton", "--emulated", f"--dtype={dtype}", f"--op={op}")
+
+
+def test_a_cpu_is_no_gpu():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("here is a GPU")
+    assert "torch sees no GPU" in absent("triton").reason
+
+
+SHARES = """
+import torch
+from llmkernels import testing
+from llmkernels.backends.triton import paged_attention
+from llmkernels.registry import get
+
+contract = get("paged_attention").contract
+for name in ("decode", "mixed", "window", "sinks", "padding and sinks"):
+    case = next(case for case in contract.cases if case.name == name)
+    for shares in (1, 2, 3, 4, 7, 64):
+        paged_attention._shares = lambda *any: shares
+        paged_attention._tiles = lambda *any: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        result = testing.check_run(contract, "float16", case, paged_attention, "triton")
+        assert result.verdict == "passed", f"{shares} shares: {result}"
+"""
+
+
+def test_any_number_of_programs_may_share_the_keys():
+    python("-c", SHARES, TRITON_INTERPRET="1")
+
+
+def test_a_table_of_measured_tiles(tmp_path, monkeypatch):
+    from llmkernels.backends.triton import _tuned
+
+    heuristic = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+    kind = {"dtype": "float16", "width": 4096}
+    key = _tuned.key("some", "Some Chip", **kind)
+    monkeypatch.setattr(_tuned, "_name", lambda index: "Some Chip")
+    monkeypatch.setenv("LLMKERNELS_TUNED", str(tmp_path / "table.json"))
+
+    def chosen(entry):
+        (tmp_path / "table.json").write_text(entry if isinstance(entry, str) else json.dumps({key: entry}))
+        _tuned.table.cache_clear(), _tuned._merged.cache_clear()
+        return _tuned.choose("some", SimpleDevice, dict(heuristic), **kind)
+
+    assert chosen({"BLOCK": 128}) == heuristic | {"BLOCK": 128}
+    for broken in ("", "[1]", {"BLOCK": 48}, {"BLOCK": "128"}, {"WIDTH": 128}, {"num_stages": 9}, {"num_warps": 0}, 7):
+        assert chosen(broken) == heuristic, broken
+    assert chosen({}) == heuristic
+    _tuned.table.cache_clear(), _tuned._merged.cache_clear()
+
+
+class SimpleDevice:
+    index = 0
