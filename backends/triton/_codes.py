@@ -1,7 +1,7 @@
 """Stored weights become numbers a matrix unit multiplies, exactly.  Parts of the kernels in _product.py.
 
-    int4   two a byte, even columns low: 0..15 - zero point          int8   -128..127 - zero point
-    mxfp4  two a byte: e2m1, doubled, so that they are integers      fp8    e4m3
+int4   two a byte, even columns low: 0..15 - zero point          int8   -128..127 - zero point
+mxfp4  two a byte: e2m1, doubled, so that they are integers      fp8    e4m3
 """
 
 import triton
@@ -9,26 +9,30 @@ import triton.language as tl
 
 
 @triton.jit
-def nibbles(codes, zeros, KIND: tl.constexpr, DOT: tl.constexpr):
+def nibbles(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
     """The low halves of bytes codes [n, k / 2], as DOT: 16 bits hold each of them exactly; int8 does for int4 too."""
     low = codes & 15
     if KIND == "mxfp4":
         value = (0xC8643210 >> ((low & 7) * 4).to(tl.uint32)) & 15  # twice 0, 0.5, 1, 1.5, 2, 3, 4, 6
         number = value.to(tl.int8)
-        return tl.where(low > 7, -number, number).to(DOT)
-    if zeros is None:
-        return (low.to(tl.int8) - 8).to(DOT)
-    return (low.to(tl.int8) - zeros.to(tl.int8)[:, None]).to(DOT)
+        found = tl.where(low > 7, -number, number).to(DOT)
+    elif ZEROS:
+        found = (low.to(tl.int8) - zeros.to(tl.int8)[:, None]).to(DOT)
+    else:
+        found = (low.to(tl.int8) - 8).to(DOT)
+    return found
 
 
 @triton.jit
-def bytes_(codes, zeros, KIND: tl.constexpr, DOT: tl.constexpr):
+def bytes_(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
     """codes [n, k] as DOT.  Of int8 with zero points, as DOT int8: codes still, since codes - zeros may take 9 bits."""
     if KIND == "fp8" and codes.dtype == tl.uint8:
-        return e4m3(codes, DOT)
-    if zeros is None or DOT == tl.int8:
-        return codes.to(DOT)
-    return (codes.to(tl.int16) - zeros.to(tl.int16)[:, None]).to(DOT)
+        found = e4m3(codes, DOT)
+    elif ZEROS and tl.int8 != DOT:
+        found = (codes.to(tl.int16) - zeros.to(tl.int16)[:, None]).to(DOT)
+    else:
+        found = codes.to(DOT)
+    return found
 
 
 @triton.jit
@@ -37,12 +41,14 @@ def e4m3(codes, DOT: tl.constexpr):
 
     float8e4b8, the format of gfx942, is e4m3 with another bias and other NaNs: numbers half as large from the same bits.
     """
-    if DOT == tl.float8e4b8:
-        codes = tl.where((codes & 127) == 127, 128, codes & tl.where(codes == 128, 0, 255))
-        return codes.to(tl.uint8).to(tl.float8e4b8, bitcast=True)
     wide = codes.to(tl.int16)
-    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half).to(DOT)
+    broken = (wide & 0x7F) == 0x7F
+    if tl.float8e4b8 == DOT:
+        found = tl.where(broken, 128, tl.where(wide == 128, 0, wide)).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
+    else:
+        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+        found = tl.where(broken, float("nan"), half).to(DOT)
+    return found
 
 
 @triton.jit
@@ -52,5 +58,7 @@ def scales_of(scales, KIND: tl.constexpr):
         power = scales.to(tl.int32)
         normal = tl.maximum(power - 1, 0) << 23
         small = tl.where(power == 1, 0x400000, 0x200000)  # 2^-127 and 2^-128, subnormal
-        return tl.where(power > 1, normal, small).to(tl.float32, bitcast=True)
-    return scales.to(tl.float32)
+        found = tl.where(power > 1, normal, small).to(tl.float32, bitcast=True)
+    else:
+        found = scales.to(tl.float32)
+    return found

@@ -1,8 +1,8 @@
 """act(norm(x + residual) @ weightT + bias): which kernels, in which tiles.
 
-Few rows are read by every program anyway, and each makes them ready as it goes: residual, gain, sum of squares.  Many
-rows, rounded ones, LayerNorm (whose mean must be known before anything is rounded) and float16 (which x + residual and a
-gain may overflow before the row is normalised) are made ready once, by _rows.py.
+A norm, a residual, act-order of many rows and rounding to 8 bits are one pass over x, by _rows.py, before the product.
+Normalising in the product itself, with 1 / rms in its epilogue, saves that kernel's 2 us and was slower: at 4096 -> 6144
+and 16 rows 39 us against 23, at 4096 -> 28672 97 us against 83, because every program repeats the work on x.
 """
 
 import functools
@@ -10,15 +10,20 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._dequantize import dequantized
 from ._launch import INTERPRETED, computed, launch, power, readable, rounded, rows_of
 from ._product import finish, multiply
 from ._rows import prepared
+from ._tiles import gpu, tiles
 from ._tuned import choose
+from ._weights import Form
 
 GATED = ("swiglu", "geglu")
-FEW = 16  # rows; a tile of matrix instructions has as many
-WAVES = 4  # programs a multiprocessor should have in flight, where bytes are what takes time
+MANY = 16 if INTERPRETED else 256  # rows from which a weight is unpacked once, not in every tile of rows
+LEAST_COLUMNS = 256  # ... where roundings of its numbers average out
+FEW = 16  # rows that every program may gather anew
 LARGEST_SUM = 2**17 - 1  # columns of int8 x int8 that an int32 holds the sum of
 FP8 = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e4m3fnuz: tl.float8e4b8}
 DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8} | FP8
@@ -45,21 +50,23 @@ def linear(
     count = rows.shape[0]
     y = torch.empty((count, features // 2 if gated else features), dtype=computed(dtype), device=x.device)
     kept = torch.empty(rows.shape, dtype=computed(dtype), device=x.device) if return_residual else None
-    kind, x_scales, permutation, factor = form.kind, None, form.permutation, 1.0
-    product = {"residual": residual, "gain": gain, "kept": kept, "norm": norm, "eps": eps}
+    x_scales, permutation, factor = None, form.permutation, 1.0
     if columns == 0:  # no scale to read either
-        kind, permutation, product = "dense", None, {"norm": "none", "eps": eps}
-    elif form.rounding or not _on_the_way(rows, norm, gain, residual, permutation):
+        form, permutation = Form("dense", form.shape, form.values), None
+    elif form.rounding or norm != "none" or residual is not None or (permutation is not None and count > FEW):
         held = _held(form, rows, norm, residual)
         rows, x_scales = prepared(
             rows, norm=norm, gain=gain, shift=shift, residual=residual, eps=eps, keep=kept, rounding=form.rounding,
             group=form.x_group, scale=form.input_scale, permutation=permutation, dtype=held,
         )  # fmt: skip
-        permutation, product = None, {"norm": "none", "eps": eps}
+        permutation = None
         factor = 4.0 if held == torch.float8_e4m3fnuz else 1.0  # the values of both sides are halved
+    if count >= MANY and form.kind != "dense" and columns >= LEAST_COLUMNS and _dense_pays(form, rows.dtype):
+        values, scales = dequantized(form, rows.dtype)
+        form = Form("dense", form.shape, values, scales)
     _multiply(
-        rows, form, y, kind=kind, x_scales=x_scales, permutation=permutation, factor=factor, bias=bias,
-        activation=activation, gated=gated, dtype=dtype, **product,
+        rows, form, y, x_scales=x_scales, permutation=permutation, factor=factor, bias=bias, activation=activation,
+        gated=gated,
     )  # fmt: skip
     y = rounded(y, dtype).view(*x.shape[:-1], y.shape[1])
     return y, kept if kept is None else rounded(kept, dtype).view(x.shape)
@@ -69,13 +76,14 @@ def _unit(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _on_the_way(rows, norm, gain, residual, permutation):
-    """Whether programs make rows ready themselves."""
-    if norm == "none" and residual is None and permutation is None:
-        return True
-    if norm == "layer" or (rows.dtype == torch.float16 and (gain is not None or residual is not None)):
-        return False
-    return rows.shape[0] <= FEW
+def _describable(*arrays):
+    """Whether the tensor memory accelerator of Hopper and later can read them: rows start at multiples of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and 0 not in x.shape for x in arrays)
+
+
+def _dense_pays(form, dot):
+    """Whether one scale, or none, is left to apply after a dense product of what `dot` holds."""
+    return dot in (torch.float32, torch.bfloat16, torch.float16) and (form.rounding is None or not form.group)
 
 
 def _held(form, rows, norm, residual):
@@ -100,70 +108,43 @@ def _fp8(index):
     return torch.float8_e4m3fn if torch.cuda.get_device_capability(index) >= (8, 9) else None
 
 
-@functools.cache
-def _processors(index):
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _multiply(
-    x, form, y, *, kind, x_scales, permutation, factor, bias, activation, gated, dtype, norm, eps, residual=None,
-    gain=None, kept=None,
-):  # fmt: skip
-    (rows, columns), (features, _), device = x.shape, form.shape, x.device
-    quantized = kind != "dense"
-    group = form.group if quantized else 0
-    values = form.values
+def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, gated):
+    (rows, columns), features, device = x.shape, form.shape[0], x.device
+    kind, group, values = form.kind, form.group, form.values
     if kind == "fp8" and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
-    heuristic = _tiles(rows, features, columns, kind, x.dtype, group, _processors(device.index))
-    tiles = choose(
-        "product", device, heuristic, kind=kind, dot=x.dtype, group=group, rows=power(rows), features=features,
-        columns=columns,
+    choice = choose(
+        "product", device, tiles(rows, features, columns, kind, x.dtype, group, gpu(device.index)),
+        kind=kind, dot=x.dtype, group=group, rows=power(rows), features=features, columns=columns,
     )  # fmt: skip
-    if group:
-        tiles = tiles | {"BLOCK_K": min(tiles["BLOCK_K"], group)}
-    split = tiles["SPLIT"]
-    parts = squares = None
-    if split > 1:
-        parts = torch.empty((split, rows, features), dtype=torch.float32, device=device)
-        squares = torch.empty((split, rows), dtype=torch.float32, device=device) if norm == "rms" else None
-    grid = (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(features, tiles["BLOCK_N"]), split)
+    if group and not _foldable(form, x.dtype, columns):
+        choice = choice | {"BLOCK_K": min(choice["BLOCK_K"], group)}
+    left, right = x, values
+    if choice["TMA"] and not gated and permutation is None and _describable(x, values):
+        packed = 2 if kind in ("int4", "mxfp4") else 1
+        left = TensorDescriptor.from_tensor(x, [choice["BLOCK_M"], choice["BLOCK_K"]])
+        right = TensorDescriptor.from_tensor(values, [choice["BLOCK_N"], choice["BLOCK_K"] // packed])
+    choice = choice | {"TMA": left is not x}
+    split = choice["SPLIT"]
+    parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
+    grid = (triton.cdiv(rows, choice["BLOCK_M"]) * triton.cdiv(features, choice["BLOCK_N"]), split)
     launch(
         multiply, grid, x,
-        x, residual, gain, permutation, x_scales, values, form.scales if quantized else None,
-        form.zeros if quantized else None, bias, y, kept, parts, squares,
-        rows, features, columns, x.stride(0), 0 if residual is None else residual.stride(0), values.stride(0), eps,
-        KIND=kind, DOT=DOT[x.dtype], GROUP=group, X_GROUPED=quantized and form.x_group > 0, SCALE_ROWS=form.scale_rows,
-        FACTOR=factor, NORM=norm, ACTIVATION=activation, GATED=gated, EVEN=columns % tiles["BLOCK_K"] == 0, **tiles,
+        left, permutation, x_scales, right, form.scales, form.zeros, bias, y, parts,
+        rows, features, columns, x.stride(0), values.stride(0),
+        KIND=kind, DOT=DOT[x.dtype], GROUP=group, X_GROUPED=form.x_group > 0, SCALE_ROWS=form.scale_rows,
+        FACTOR=factor, ACTIVATION=activation, GATED=gated, EVEN=columns % choice["BLOCK_K"] == 0,
+        PTX=not INTERPRETED and not torch.version.hip and x.dtype in (torch.bfloat16, torch.float16), **choice,
     )  # fmt: skip
     if split > 1:
         launch(
-            finish, (triton.cdiv(features, 256), rows), x,
-            parts, squares, bias, y, rows, features, columns, eps,
-            NORM=norm, ACTIVATION=activation, GATED=gated, SPLIT=split, BLOCK_N=256, num_warps=2,
+            finish, (triton.cdiv(features, 256), rows), x, parts, bias, y, rows, features,
+            ACTIVATION=activation, GATED=gated, SPLIT=split, BLOCK_N=256, num_warps=2,
         )  # fmt: skip
 
 
-def _tiles(rows, features, columns, kind, dot, group, processors):
-    """Tile sizes for a kind of call."""
-    if INTERPRETED:
-        block_m, block_n, block_k = power(rows, 16, 64), power(features, 32, 256), 128
-        warps, stages, band, wanted = 4, 2, 8, 2
-    elif dot == torch.float32:  # multiplied and added one by one: small tiles, or registers spill
-        block_m, block_n, block_k, warps, stages, band, wanted = 16, 64, 32, 4, 2, 8, processors
-    elif rows <= 64:
-        block_m, block_n, block_k = power(rows, 16), 64, 128
-        warps, stages, band, wanted = 4, 4, 1, WAVES * processors
-    else:
-        block_m, block_n, block_k, warps, stages, band, wanted = 128, 128, 64, 8, 3, 8, processors
-    if group:
-        block_k = min(block_k, group)
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(features, block_n)
-    passes = triton.cdiv(columns, block_k)
-    split = 1
-    while 2 * split * tiles <= wanted and 4 * split <= passes and split < 16:
-        split *= 2
-    return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BAND": band, "SPLIT": split,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+def _foldable(form, dot, columns):
+    """Whether scales may go into the weights, rounded to bfloat16: that error averages out over some groups."""
+    if dot != torch.bfloat16 or form.zeros is not None:
+        return False
+    return form.kind == "mxfp4" or (form.kind in ("int4", "int8") and columns >= 32 * form.group)

@@ -1,13 +1,13 @@
-"""One product for every weight: y = act(norm(x + residual) @ weightT + bias).
+"""One product for every weight: y = act(x @ weightT + bias), of rows that _rows.py made ready.
 
     y [rows, features]        a program sums BLOCK_M x BLOCK_N of it over its share of the columns k
 
               features ──>                    for each BLOCK_K columns of its share:
-        rows  ┌────┬────┬────┬─               a = x [BLOCK_M, BLOCK_K], with residual and gain where NORM asks for them
+        rows  ┌────┬────┬────┬─               a = x [BLOCK_M, BLOCK_K]
          │    │    │    │    │                b = weight [BLOCK_N, BLOCK_K], integers or fp8, not yet scaled
          v    ├────┼────┼────┼─               sum += a @ bT, times the scales of the group
               │    │    │    │
-                                              then: scales of rows, 1 / rms, bias, activation, one rounding, store
+                                              then: scales of rows, bias, activation, one rounding, store
 
 Few rows: the time goes to the weight's bytes, and SPLIT programs share the columns of a tile, so that enough of them are
 in flight; each stores its sum in float32, and `_finish` adds them in their order.  Many rows: one program a tile, tiles
@@ -21,119 +21,138 @@ import triton.language as tl
 
 from ._codes import bytes_, nibbles, scales_of
 from ._epilogue import features_of, store
+from ._ptx import pairs
+
+FEW = tl.constexpr(32)  # rows of a tile up to which every program reads all of them
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def multiply(
-    x, residual, gain, permutation, x_scales, weight, scales, zeros, bias, y, kept, parts, squares,
-    rows, features, columns, x_row, residual_row, weight_row, eps,
+    x, permutation, x_scales, weight, scales, zeros, bias, y, parts,
+    rows, features, columns, x_row, weight_row,
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    FACTOR: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
+    FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """
-    x, residual   [rows, columns], unit stride along a row; x in DOT where its values were rounded to 8 bits
+    x             [rows, columns], unit stride along a row; in DOT where its values were rounded to 8 bits
+    permutation   int32 [columns]: which column of x a stored column of the weight belongs to; or None
     x_scales      float32 [rows, columns / 128] where X_GROUPED, else [rows]; None where x was not rounded
     weight        [features, columns], nibbles: [features, ceil(columns / 2)] uint8; unit stride along a row
-    scales        [ceil(columns / GROUP), ceil(features / SCALE_ROWS)], one row of them where GROUP is 0; None: dense
+    scales        [ceil(features / SCALE_ROWS), ceil(columns / GROUP)], where GROUP is 0 [features]; None: dense
     zeros         like scales; None where the scheme is symmetric
-    kept          [rows, columns], contiguous: where x + residual is stored, or None
-    y             [rows, features], contiguous; where SPLIT > 1, parts [SPLIT, rows, features], squares [SPLIT, rows]
+    y             [rows, features], contiguous; where SPLIT > 1, parts float32 [SPLIT, rows, features]
+    PTX           unpack nibbles by NVIDIA's own instructions; DOT is bfloat16 or float16
+    TMA           x and weight are tensor descriptors of those arrays, with a tile of this kernel as their block
     FACTOR        what every product is multiplied by besides
     """
     tile_m, tile_n = _tile(rows, features, BLOCK_M, BLOCK_N, BAND)
     share = tl.program_id(1)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = (row < rows)[:, None]
     feature = features_of(tile_n, features, GATED, BLOCK_N)
     safe_row = tl.where(row < rows, row, 0).to(tl.int64)
     safe_feature = tl.where(feature < features, feature, 0)
-    x_rows = x + (safe_row * x_row)[:, None]
-    residual_rows = None
-    if residual is not None:
-        residual_rows = residual + (safe_row * residual_row)[:, None]
-    weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
-    scale_at, scale_stride = safe_feature // SCALE_ROWS, tl.cdiv(features, SCALE_ROWS)
+    x_rows, weight_rows = x, weight
+    if not TMA:
+        x_rows = x + (safe_row * x_row)[:, None]
+        weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
+    ONE_SCALE: tl.constexpr = SCALE_ROWS % BLOCK_N == 0 and not GATED  # for all features of the tile
+    scale_row = tile_n * BLOCK_N // SCALE_ROWS if ONE_SCALE else safe_feature // SCALE_ROWS
+    groups = tl.cdiv(columns, GROUP) if GROUP else 1
+    scale_at = scale_row.to(tl.int64) * groups
 
-    SUM: tl.constexpr = tl.int32 if DOT == tl.int8 and GROUP == 0 else tl.float32
+    FOLD: tl.constexpr = GROUP > 0 and GROUP < BLOCK_K  # scales go into the weights: their products are rounded to DOT
+    AFTER: tl.constexpr = GROUP > 0 and GROUP >= BLOCK_K  # scales are applied to the sum of a pass
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DOT and GROUP == 0 else tl.float32
+    ZEROS: tl.constexpr = zeros is not None
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
-    square = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    odd_sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
     begin = share * length
     end = tl.minimum(begin + length, columns)
-    scale = _scales_at(scales, scale_at, scale_stride, begin, columns, KIND, GROUP)
-    zero = _zeros_at(zeros, scale_at, scale_stride, begin, columns, GROUP)
+    scale = _scales_at(scales, scale_at, begin, columns, KIND, GROUP if AFTER else 0)
+    zero = _zeros_at(zeros, scale_at, begin, columns, GROUP)
+    x_group = x_scales if X_GROUPED else None
+    x_scale = _x_scales_at(x_group, safe_row, begin, columns, GROUP)
 
     for start in range(begin, end, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        a = _summed(x_rows, residual_rows, permutation, column, columns, EVEN)
-        if kept is not None:
-            if tile_n == 0:
-                at = kept + (row.to(tl.int64) * columns)[:, None] + column[None, :]
-                tl.store(at, a.to(kept.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
-        if NORM == "rms":
-            wide = a.to(tl.float32)
-            square += wide * wide
-        if gain is not None:
-            a = a.to(tl.float32) * _masked(gain + column, column, columns, EVEN).to(tl.float32)[None, :]
-        # Read a pass early, because nothing else hides the way to memory.
-        next_scale = _scales_at(scales, scale_at, scale_stride, start + BLOCK_K, columns, KIND, GROUP)
-        next_zero = _zeros_at(zeros, scale_at, scale_stride, start + BLOCK_K, columns, GROUP)
+        if TMA:
+            a = x.load([tile_m * BLOCK_M, start])
+        else:
+            a = _activations(x_rows, permutation, there, column, columns, EVEN, BLOCK_M <= FEW)
+        # Read a pass early; after the first, most lie in a line of L1 that an earlier group brought.
+        next_scale = _scales_at(scales, scale_at, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
+        next_x_scale = _x_scales_at(x_group, safe_row, start + BLOCK_K, columns, GROUP)
+        next_zero = _zeros_at(zeros, scale_at, start + BLOCK_K, columns, GROUP)
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
-            codes = _masked((weight_rows + half[None, :]), half[None, :], (columns + 1) // 2, EVEN)
+            if TMA:
+                codes = weight.load([tile_n * BLOCK_N, start // 2])
+            else:
+                codes = _masked(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
             even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
-            low, high = nibbles(codes, zero, KIND, DOT), nibbles(codes >> 4, zero, KIND, DOT)
-            part = _dot(odd, high, _dot(even, low, None if GROUP else sums))
+            if PTX:
+                low, high = pairs(codes, zero, ZEROS, KIND, DOT)
+            else:
+                low, high = nibbles(codes, zero, ZEROS, KIND, DOT), nibbles(codes >> 4, zero, ZEROS, KIND, DOT)
+            if FOLD:
+                fold = _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
+                low, high = _folded(low, fold), _folded(high, fold)
+            if AFTER:
+                part = _dot(even, low, None) + _dot(odd, high, None)
+            elif BLOCK_M <= FEW:  # two sums: a matrix instruction waits for the last one on the same sum
+                part, odd_sums = _dot(even, low, sums), _dot(odd, high, odd_sums)
+            else:
+                part = _dot(odd, high, _dot(even, low, sums))
         else:
-            codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
-            b = bytes_(codes, zero, KIND, DOT)
-            part = _dot(a.to(DOT), b, None if GROUP else sums)
-        if zeros is not None and KIND == "int8" and DOT == tl.int8:  # q - zero may take 9 bits
+            if TMA:
+                codes = weight.load([tile_n * BLOCK_N, start])
+            else:
+                codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
+            b = bytes_(codes, zero, ZEROS, KIND, DOT)
+            if FOLD:
+                b = _folded(b, _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
+            part = _dot(a.to(DOT), b, None if AFTER else sums)
+        if ZEROS and KIND == "int8" and tl.int8 == DOT:  # q - zero may take 9 bits
             part -= tl.sum(a.to(tl.int32), 1)[:, None] * zero.to(tl.int32)[None, :]
-        if GROUP:
-            part = part.to(tl.float32) * scale[None, :]
-            if X_GROUPED:
-                part *= tl.load(x_scales + safe_row * tl.cdiv(columns, GROUP) + start // GROUP)[:, None]
-            sums += part
+        if AFTER:
+            if ONE_SCALE:
+                sums += part.to(tl.float32) * (x_scale * scale)[:, None]
+            elif X_GROUPED:
+                sums += part.to(tl.float32) * x_scale[:, None] * scale[None, :]
+            else:
+                sums += part.to(tl.float32) * scale[None, :]
         else:
             sums = part
-        scale, zero = next_scale, next_zero
+        scale, zero, x_scale = next_scale, next_zero, next_x_scale
 
-    z = sums.to(tl.float32) * FACTOR
+    z = (sums + odd_sums).to(tl.float32) * FACTOR
     if scales is not None and GROUP == 0:
-        z *= scales_of(tl.load(scales + scale_at), KIND)[None, :]
+        z *= scales_of(tl.load(scales + safe_feature), KIND)[None, :]
     if x_scales is not None and not X_GROUPED:
         z *= tl.load(x_scales + safe_row)[:, None]
     if SPLIT > 1:
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         tl.store(at, z, mask=(row < rows)[:, None] & (feature < features)[None, :])
-        if NORM == "rms":
-            if tile_n == 0:
-                tl.store(squares + share * rows + row, tl.sum(square, 1), mask=row < rows)
     else:
-        if NORM == "rms":
-            z *= tl.rsqrt(tl.sum(square, 1) / columns + eps)[:, None]
         store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def finish(
-    parts, squares, bias, y, rows, features, columns, eps,
-    NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts, bias, y, rows, features,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """parts float32 [SPLIT, rows, features] -> y [rows, features]: the sums, in the order of the shares."""
     row = tl.program_id(1) + tl.arange(0, 1)
     feature = features_of(tl.program_id(0), features, GATED, BLOCK_N)
     z = tl.zeros([1, BLOCK_N], tl.float32)
-    square = tl.zeros([1], tl.float32)
     for share in tl.static_range(SPLIT):
-        at = (share * rows + row).to(tl.int64) * features
-        z += tl.load(parts + at[:, None] + feature[None, :], mask=(feature < features)[None, :], other=0.0)
-        if NORM == "rms":
-            square += tl.load(squares + share * rows + row)
-    if NORM == "rms":
-        z *= tl.rsqrt(square / columns + eps)[:, None]
+        at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
+        z += tl.load(at, mask=(feature < features)[None, :], other=0.0)
     store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, 1, BLOCK_N)
 
 
@@ -152,43 +171,79 @@ def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl
 def _masked(at, index, count, EVEN: tl.constexpr):
     """What lies at `at`, and 0 past the end.  EVEN: tiles do not reach past it."""
     if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=index < count, other=0.0)
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=index < count, other=0.0)
+    return found
 
 
 @triton.jit
-def _summed(x_rows, residual_rows, permutation, column, columns, EVEN: tl.constexpr):
-    """x + residual, [BLOCK_M, BLOCK_K] of stored columns; in the dtype of x where nothing is added."""
+def _activations(
+    x_rows, permutation, there, column, columns, EVEN: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
+    """x [BLOCK_M, BLOCK_K], in the order of stored columns.
+
+    SHARED: few rows, which programs beside this one read too: through L1, and only those that are there.
+    """
     source = column
     if permutation is not None:
         source = _masked(permutation + column, column, columns, EVEN)
-    a = _masked(x_rows + source[None, :], column[None, :], columns, EVEN)
-    if residual_rows is not None:
-        a = a.to(tl.float32) + _masked(residual_rows + source[None, :], column[None, :], columns, EVEN).to(tl.float32)
+    if SHARED:
+        inside = there if EVEN else there & (column < columns)[None, :]
+        a = tl.load(x_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca")
+    else:
+        a = _masked(x_rows + source[None, :], column[None, :], columns, EVEN)
     return a
 
 
 @triton.jit
-def _scales_at(scales, at, stride, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr):
+def _scales_at(scales, at, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr):
     """The scales of the group that holds column `start`; any value past the last one."""
-    if GROUP == 0 or scales is None:
-        return 1.0
-    group = tl.minimum(start, columns - 1) // GROUP
-    return scales_of(tl.load(scales + group.to(tl.int64) * stride + at), KIND)
+    found = 1.0
+    if GROUP and scales is not None:
+        group = tl.minimum(start, columns - 1) // GROUP
+        found = scales_of(tl.load(scales + at + group), KIND)
+    return found
 
 
 @triton.jit
-def _zeros_at(zeros, at, stride, start, columns, GROUP: tl.constexpr):
-    if zeros is None:
-        return None
-    if GROUP == 0:
-        return tl.load(zeros + at)
-    return tl.load(zeros + (tl.minimum(start, columns - 1) // GROUP).to(tl.int64) * stride + at)
+def _fold_at(
+    scales, at, start, columns, KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The scales of each group of a tile, [BLOCK_N, BLOCK_K / GROUP]."""
+    group = tl.minimum(start // GROUP + tl.arange(0, BLOCK_K // GROUP), tl.cdiv(columns, GROUP) - 1)
+    return scales_of(tl.load(scales + at[:, None] + group[None, :]), KIND)
+
+
+@triton.jit
+def _folded(b, scale):
+    """b [n, k] times scale [n, groups]."""
+    apart = tl.reshape(b, (b.shape[0], scale.shape[1], b.shape[1] // scale.shape[1]))
+    return tl.reshape(apart * scale[:, :, None], b.shape)
+
+
+@triton.jit
+def _zeros_at(zeros, at, start, columns, GROUP: tl.constexpr):
+    found = 0
+    if zeros is not None:
+        group = tl.minimum(start, columns - 1) // GROUP if GROUP else 0
+        found = tl.load(zeros + at + group)
+    return found
+
+
+@triton.jit
+def _x_scales_at(x_scales, row, start, columns, GROUP: tl.constexpr):
+    found = tl.full(row.shape, 1.0, tl.float32)
+    if x_scales is not None:
+        found = tl.load(x_scales + row * tl.cdiv(columns, GROUP) + tl.minimum(start, columns - 1) // GROUP)
+    return found
 
 
 @triton.jit
 def _dot(a, b, sums):
     """sums + a [m, k] @ b [n, k]T"""
     if a.dtype == tl.int8:
-        return tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
-    return tl.dot(a, tl.trans(b), sums, input_precision="ieee")
+        sums = tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
+    else:
+        sums = tl.dot(a, tl.trans(b), sums, input_precision="ieee")
+    return sums

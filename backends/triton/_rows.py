@@ -8,6 +8,8 @@ A row of at most ONE_PASS columns stays in registers from its load to its store;
 and once more for the store, then mostly from cache.  A group of columns with a scale of its own is a row of its own.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -52,27 +54,33 @@ def prepared(
     launch(
         _prepare, (triton.cdiv(rows * groups, tiles["ROWS"]),), x,
         x, residual, gain, shift, scale, permutation,
-        y.view(torch.uint8) if dtype == torch.float8_e4m3fn else y, keep, scales,
+        y.view(torch.uint8) if dtype == torch.float8_e4m3fn and not converts(x.device.index) else y, keep, scales,
         rows * groups, width, groups, *x.stride(), *((0, 0) if residual is None else residual.stride()), eps,
         NORM=norm, GROUP=group, ROUNDING=rounding or "none", ONE=tiles["BLOCK"] >= wide, **tiles,
     )  # fmt: skip
     return y, scales
 
 
+@functools.cache
+def converts(index):
+    """Whether this GPU converts float32 to e4m3."""
+    return not (INTERPRETED or torch.version.hip) and torch.cuda.get_device_capability(index) >= (8, 9)
+
+
 def _tiles(rows, width):
-    """Whole rows where they fit; several short rows, so that a warp has work."""
+    """Whole rows where they fit, several where they are short: 16 elements a thread."""
     if INTERPRETED:
         return {"BLOCK": power(width, most=ONE_PASS), "ROWS": power(rows, most=16), "num_warps": 4, "num_stages": 1}
     block = power(width, 16) if width <= ONE_PASS else 8192
     return {
         "BLOCK": block,
-        "ROWS": max(1, 512 // block),
-        "num_warps": min(16, max(2, block // 1024)),
+        "ROWS": max(1, 1024 // block),
+        "num_warps": min(16, max(2, block // 512)),
         "num_stages": 1,
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def _prepare(
     x, residual, gain, shift, scale, permutation, y, kept, scales,
     rows, width, groups, x_row, x_column, residual_row, residual_column, eps,
@@ -103,9 +111,10 @@ def _prepare(
         for start in range(0, longest, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = there[:, None] & (column < own)
+            part = s
             if not ONE:
-                s = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
-            mean += tl.sum(s, 1)[:, None]
+                part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
+            mean += tl.sum(part, 1)[:, None]
         mean /= width
     factor = tl.full([ROWS, 1], 1.0, tl.float32)
     if NORM != "none":
@@ -113,9 +122,10 @@ def _prepare(
         for start in range(0, longest, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = there[:, None] & (column < own)
+            part = s
             if not ONE:
-                s = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
-            off = tl.where(inside, s - mean, 0.0)
+                part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
+            off = tl.where(inside, part - mean, 0.0)
             squares += tl.sum(off * off, 1)[:, None]
         factor = tl.rsqrt(squares / width + eps)
 
@@ -125,9 +135,10 @@ def _prepare(
         for start in range(0, longest, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             inside = there[:, None] & (column < own)
+            part = s
             if not ONE:
-                s = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
-            n = _normed(s, mean, factor, gain, shift, permutation, first + column, inside)
+                part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
+            n = _normed(part, mean, factor, gain, shift, permutation, first + column, inside)
             size = tl.abs(n)
             size = tl.where(size < float("inf"), size, float("inf"))  # of a NaN too
             peak = tl.maximum(peak, tl.max(tl.where(inside, size, 0.0), 1)[:, None])
@@ -143,19 +154,25 @@ def _prepare(
     for start in range(0, longest, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < own)
+        part = s
         if not ONE:
-            s = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
+            part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
         if kept is not None:
             at = first + column
             if permutation is not None:
                 at = tl.load(permutation + at, mask=inside, other=0)
-            tl.store(kept + (row * width)[:, None] + at, s.to(kept.dtype.element_ty), mask=inside)
-        n = _normed(s, mean, factor, gain, shift, permutation, first + column, inside)
+            tl.store(kept + (row * width)[:, None] + at, part.to(kept.dtype.element_ty), mask=inside)
+        n = _normed(part, mean, factor, gain, shift, permutation, first + column, inside)
         if ROUNDING != "none":
             ratio = tl.where(finite, n * tl.div_rn(1.0, tl.maximum(step, SMALLEST)), 0.0)
-            n = _integers(ratio) if ROUNDING == "int8" else _e4m3_codes(ratio)
-            if ROUNDING == "fp8" and y.dtype.element_ty != tl.uint8:
-                n = e4m3(n, y.dtype.element_ty)
+            if ROUNDING == "int8":
+                n = _integers(ratio)
+            elif y.dtype.element_ty == tl.float8e4nv:  # a chip that converts
+                n = tl.minimum(tl.maximum(ratio, -448.0), 448.0)
+            elif y.dtype.element_ty == tl.uint8:
+                n = _e4m3_codes(ratio)
+            else:
+                n = e4m3(_e4m3_codes(ratio), y.dtype.element_ty)
         tl.store(y + (row * width)[:, None] + first + column, n.to(y.dtype.element_ty), mask=inside)
 
 

@@ -1,7 +1,4 @@
-"""A weight as the kernels read it: its values as they lie, since a GPU has no room for a second copy; small parts anew.
-
-Scales and zero points are turned, [groups, features], so that a tile of features reads neighbours.
-"""
+"""A weight as the kernels read it: every part as it lies, since a GPU has no room for a second copy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +20,7 @@ class Form:
     permutation: Any = None
     group: int = 0
     scale_rows: int = 1
+    tops: Any = None  # float32 [1, features], the largest scale of each row, where groups have scales; never 0
     rounding: str | None = None  # what x is rounded to
     x_group: int = 0
     input_scale: Any = None
@@ -44,19 +42,32 @@ def form(weight):
 
 def _form(weight):
     scheme, values = weight.scheme, weight.values
-    scales = readable(weight.scales).t()
+    scales = readable(weight.scales)
     if scheme.granularity == "tensor":
-        scales = scales.expand(1, weight.shape[0])
+        scales = scales.expand(weight.shape[0], 1)
     return Form(
         kind=scheme.weight,
         shape=weight.shape,
         values=values if values.stride(1) == 1 else values.contiguous(),
         scales=scales.contiguous(),
-        zeros=None if weight.zeros is None else weight.zeros.t().contiguous(),
+        zeros=None if weight.zeros is None else weight.zeros.contiguous(),
         permutation=None if weight.permutation is None else weight.permutation.contiguous(),
         group=scheme.group,
         scale_rows=scheme.group if scheme.granularity == "block" else 1,
+        tops=_tops(weight) if scheme.group else None,
         rounding=scheme.activation,
         x_group=scheme.activation_group,
         input_scale=weight.input_scale,
     )
+
+
+def _tops(weight):
+    scheme, features, scales = weight.scheme, weight.shape[0], weight.scales
+    if scheme.weight == "mxfp4":  # halves, since the kernels' codes are doubled
+        scales = torch.exp2(scales.double() - 128)
+    if not scales.shape[1]:
+        return torch.ones(1, features, device=scales.device)
+    tops = scales.float().abs().amax(1)
+    if scheme.granularity == "block":
+        tops = tops.repeat_interleave(scheme.group)[:features]
+    return torch.where(tops < torch.finfo(torch.float32).tiny, 1, tops)[None].contiguous()
