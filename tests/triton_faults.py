@@ -116,6 +116,22 @@ FAULTS = {
     "a share of the columns ends too early": product(
         "tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K", "(tl.cdiv(columns, BLOCK_K) // SPLIT) * BLOCK_K", ""
     ),
+    "an adapter's rank read with the column's stride": Fault(
+        "lora_gemm", "(r * a_rank)", "(r * a_column)", "lora_gemm", ("",)
+    ),
+    "a share of the columns of x left out": Fault(
+        "lora_gemm", "tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", "lora_gemm", ("",)
+    ),
+    "row without an adapter is written": Fault(
+        "lora_gemm",
+        "inside = (mine >= 0)[:, None] & (output",
+        "inside = (row < rows)[:, None] & (output",
+        "lora_gemm",
+        ("",),
+    ),
+    "unpacked with the scale of another group": Fault(
+        "_dequantize", "* BLOCK_K // GROUP + tl", "* BLOCK_K // GROUP + 1 + tl", "quantized_gemm", ("",)
+    ),
     "the second band of tiles is the first": product("band = index // (BAND * tiles_n)", "band = index * 0", ""),
     "tiles of features in the order of rows": product("within // height", "within % height", ""),
     "the last share is not added": product("tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", ""),
@@ -131,7 +147,7 @@ FAULTS = {
         ("swiglu", "geglu"),
     ),
     "the bias of half the features": Fault(
-        "_epilogue", "tl.load(bias + feature,", "tl.load(bias + feature // 2,", "norm_linear_activation", ("bias",)
+        "_epilogue", "tl.load(bias + feature,", "tl.load(bias + feature // 2,", "norm_linear_activation", ("",)
     ),
 }
 
