@@ -42,9 +42,10 @@ class Resources:
 def measure(kernel: Any, chip: Chip, warps: int) -> Resources:
     """The resources of what triton.compile returned."""
     read = _nvidia if chip.vendor == "cuda" else _amd
-    registers, spills, scalar, static, matrix, loaded = read(kernel)
+    registers, spills, scalar, static, matrix, loaded, copies = read(kernel)
     shared = max(kernel.metadata.shared, static)
     programs = chip.occupancy(registers, shared, warps)
+    each = max(warps * chip.wave * loaded, kernel.metadata.shared if copies else 0)
     return Resources(
         registers=registers,
         spills=spills,
@@ -54,7 +55,7 @@ def measure(kernel: Any, chip: Chip, warps: int) -> Resources:
         products=products(kernel.asm["ttir"], chip),
         programs=programs,
         occupancy=round(programs * warps / chip.waves, 3),
-        in_flight=programs * warps * chip.wave * loaded,
+        in_flight=programs * each,
     )
 
 
@@ -76,7 +77,7 @@ def products(ttir: str, chip: Chip) -> list[str]:
     return sorted(found)
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
+def _nvidia(kernel: Any) -> tuple[int, int, int, int, Counter, int, bool]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -85,10 +86,12 @@ def _nvidia(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     spills = len(re.findall(r"\bSTL(?:\.\w+)*\b", code))
     loaded = sum(int((width or "32").strip("US")) // 8 for width in LOADS_NVIDIA.findall(code))
-    return numbers["REG"], spills, 0, numbers["SHARED"], Counter(MATRIX_NVIDIA.findall(code)), loaded
+    tensor_copies = "UTMALDG" in code  # which fill shared memory, and say no width
+    matrix = Counter(MATRIX_NVIDIA.findall(code))
+    return numbers["REG"], spills, 0, numbers["SHARED"], matrix, loaded, tensor_copies
 
 
-def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
+def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int, bool]:
     code = kernel.asm["amdgcn"]
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+(?:_count|_fixed_size)):\s+(\d+)", code)}
     # On chips with one file for both, vgpr_count holds the accumulation registers too.
@@ -102,6 +105,7 @@ def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
         numbers["group_segment_fixed_size"],
         matrix,
         loaded,
+        False,
     )
 
 
