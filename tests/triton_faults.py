@@ -111,7 +111,9 @@ FAULTS = {
     "weights read with the stride of columns": product(
         "safe_feature.to(tl.int64) * weight_row", "safe_feature.to(tl.int64) * columns", "w4a16"
     ),
-    "columns past the end are not zero": product("mask=index < count, other=0.0", "mask=index < count, other=1.0", ""),
+    "a column past the end is stored": Fault(
+        "_epilogue", "(column < width)", "(column < width + 1)", "quantized_gemm", ("",)
+    ),
     "the scale of another group": product("// GROUP", "// (2 * GROUP)", "w4a16"),
     "a share of the columns ends too early": product(
         "tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K", "(tl.cdiv(columns, BLOCK_K) // SPLIT) * BLOCK_K", ""
@@ -135,7 +137,7 @@ FAULTS = {
     "the second band of tiles is the first": product("band = index // (BAND * tiles_n)", "band = index * 0", ""),
     "tiles of features in the order of rows": product("within // height", "within % height", ""),
     "the last share is not added": product("tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", ""),
-    "nibbles in the wrong order": product("_dot(odd, high, _dot(even, low", "_dot(even, high, _dot(odd, low", "w4a16"),
+    "nibbles in the wrong order": product("low, high = nibbles(", "high, low = nibbles(", "w4a16"),
     "the symmetric zero point is 7": Fault(
         "_codes", "low.to(tl.int8) - 8", "low.to(tl.int8) - 7", "quantized_gemm", ("w4a16",)
     ),

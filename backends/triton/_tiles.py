@@ -40,8 +40,8 @@ def gpu(index):
 def tiles(rows, features, columns, kind, dot, group, gpu):
     """Tile sizes and launch options.  `dot` is the dtype that is multiplied, `kind` how the weight is stored."""
     if INTERPRETED:
-        # Small enough that 64 rows make two bands of tiles: or no test would see the order in which they come.
-        shape, wanted = (16, power(features, 32, 256), 128, 2, 4, 2), 2
+        # Small enough for two bands of tiles in 64 rows, and an uneven split of 320 columns: or no test would see them.
+        shape, wanted = (power(rows, 16, 32), power(features, 32, 256), 64, 1, 4, 2), 2
     elif dot == torch.float32:  # multiplied and added one by one: small tiles, or registers spill
         shape, wanted = (16, 64, 32, 8, 4, 2), gpu.processors
     elif rows <= 255:
