@@ -183,13 +183,12 @@ def attend(
 @triton.jit
 def _owner(tile, starts, seqs, TOKENS: tl.constexpr):
     """The sequence to which a tile belongs: the last s with starts[s] // TOKENS + s <= tile."""
-    low, high = 0, seqs
-    while low < high:
-        middle = (low + high) // 2
-        mine = tl.load(starts + middle) // TOKENS + middle <= tile
-        low = tl.where(mine, middle + 1, low)
-        high = tl.where(mine, high, middle)
-    return low - 1
+    count = 0
+    for at in tl.range(0, seqs, 128):  # all at once: halving would wait for memory again and again
+        seq = at + tl.arange(0, 128)
+        begins = tl.load(starts + seq, mask=seq < seqs, other=0) // TOKENS + seq
+        count += tl.sum(((begins <= tile) & (seq < seqs)).to(tl.int32), 0)
+    return count - 1
 
 
 @triton.jit

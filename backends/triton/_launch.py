@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import torch
-import triton
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
@@ -46,7 +45,12 @@ def rows_of(x):
 
 def power(n, least=1, most=2**31):
     """The smallest power of two that is at least n, within bounds."""
-    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+    return min(max(1 << (n - 1).bit_length() if n > 1 else 1, least), most)
+
+
+def blocks(n, size):
+    """How many blocks of `size` cover n."""
+    return -(-n // size)
 
 
 def launch(kernel, grid, x, *args, **options):

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, computed, launch, power, readable, refuse_device, rounded
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
 
 TRAITS = {
     "deterministic": True,
@@ -27,7 +27,7 @@ def run(out_a, lse_a, out_b, lse_b):
     rows = power(tokens * heads, most=max(1, (16384 if INTERPRETED else 2048) // columns))
     a, b = readable(out_a), readable(out_b)
     launch(
-        _merge, (triton.cdiv(tokens * heads, rows),), out_a, a, lse_a, b, lse_b, out, lse, tokens * heads, heads,
+        _merge, (blocks(tokens * heads, rows),), out_a, a, lse_a, b, lse_b, out, lse, tokens * heads, heads,
         *a.stride(), *lse_a.stride(), *b.stride(), *lse_b.stride(), V_DIM=v_dim, ROWS=rows, COLUMNS=columns,
         num_warps=4,
     )  # fmt: skip

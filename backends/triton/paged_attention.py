@@ -3,12 +3,11 @@
 import math
 
 import torch
-import triton
 
 from ._attention import attend, combine
 from ._bytes import stored
 from ._chip import chip_of
-from ._launch import INTERPRETED, computed, launch, power, readable, refuse_device, rounded
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
 from ._tuned import choose
 
 TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
@@ -39,21 +38,17 @@ def run(
     inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride() and v_dim == dim_a
     if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
         dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
-    rows = group * min(queries, triton.cdiv(tokens, seqs))
+    rows = group * min(queries, blocks(tokens, seqs))
+    heuristic = _tiles(chip, q.element_size(), k_cache.element_size(), rows, dim, v_dim, page_size)
     tiles = choose(
-        "paged_attention", q.device, _tiles(chip, q.element_size(), k_cache.element_size(), rows, dim, v_dim),
-        dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim, page=page_size,
-        rows=power(rows, 16, 1024), keys=power(keys, 256),
+        "paged_attention", q.device, heuristic, dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim,
+        page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
     )  # fmt: skip
-    block_m, block_n = tiles["BLOCK_M"], tiles["BLOCK_N"]
-    in_tile = min(group, block_m)
-    per_tile = block_m // in_tile  # tokens
+    in_tile = min(group, tiles["BLOCK_M"])
+    per_tile = tiles["BLOCK_M"] // in_tile  # tokens
     one_tile = queries <= per_tile
-    grid = (
-        seqs if one_tile else min(tokens // per_tile + seqs, seqs * triton.cdiv(queries, per_tile) + seqs),
-        kv_heads * triton.cdiv(group, in_tile),
-    )
-    shares = _shares(chip, max(seqs, tokens // per_tile) * grid[1], keys, block_n, 4 * tokens * heads * v_dim)
+    grid = (seqs if one_tile else tokens // per_tile + seqs, kv_heads * blocks(group, in_tile))
+    shares = _shares(chip, tiles, max(seqs, tokens // per_tile) * grid[1], keys, 4 * tokens * heads * v_dim)
     share_out = share_lse = None
     if shares > 1:
         share_out = torch.empty((tokens, heads, shares, v_dim), dtype=torch.float32, device=q.device)
@@ -79,21 +74,21 @@ def run(
         _step(k_scale), _step(v_scale),
         GROUP=group, HEADS=in_tile, DIM=dim, DIM_A=dim_a, DIM_B=dim_b, V_DIM=v_dim, V_PAD=power(v_dim, 16),
         PAGE=page_size, KIND=kind, V_IN_K=inside, SAME=k_in.stride() == v_in.stride(),
-        WIDE=max(_extent(k_in), _extent(v_in)) >= 2**31,
+        WIDE=max(_reach(k_in), _reach(v_in)) >= 2**31,
         LEFT=left >= 0 and tree is None, RIGHT=right >= 0 and tree is None, PLAIN_SCORES=plain, SHARES=shares > 1,
         ONE_TILE=one_tile, **tiles,
     )  # fmt: skip
     if shares > 1:
         block = power(v_dim, 16, max(16, 4096 // shares))
         launch(
-            combine, (tokens, heads, triton.cdiv(v_dim, block)), q, share_out, share_lse, sinks, out, lse, heads,
+            combine, (tokens, heads, blocks(v_dim, block)), q, share_out, share_lse, sinks, out, lse, heads,
             SHARES=shares, PADDED=power(shares), V_DIM=v_dim, BLOCK=block, num_warps=4,
         )  # fmt: skip
     out = rounded(out, q.dtype)
     return (out, lse) if return_lse else out
 
 
-def _tiles(chip, itemsize, cached, rows, dim, v_dim):
+def _tiles(chip, itemsize, cached, rows, dim, v_dim, page):
     """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
     wide = max(dim, v_dim)
     if INTERPRETED:
@@ -106,7 +101,7 @@ def _tiles(chip, itemsize, cached, rows, dim, v_dim):
         if chip.amd:
             return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
         if wide > 256:
-            return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+            return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
         return {
             "BLOCK_M": block_m,
             "BLOCK_N": 128 if block_m == 16 and wide <= 128 and cached > 1 else 64,
@@ -116,14 +111,20 @@ def _tiles(chip, itemsize, cached, rows, dim, v_dim):
     if chip.amd:
         return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
     if chip.hopper:
-        return {"BLOCK_M": 128, "BLOCK_N": 128 if wide <= 64 else 64, "num_warps": 8, "num_stages": 3}
+        return {
+            "BLOCK_M": 128,
+            "BLOCK_N": 128 if 64 < wide <= 128 and page % 64 else 64,
+            "num_warps": 8,
+            "num_stages": 5 if wide <= 128 else 3,
+        }
     return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 
 
-def _shares(chip, programs, keys, block_n, bytes_each):
-    """How many programs share the keys of a tile: a power of two that gives every processor two programs or more."""
-    wanted = min(triton.cdiv(2 * chip.processors, programs), SHARE_BYTES // bytes_each, 64)
-    return min(power(wanted), power(keys // (2 * block_n) + 1) // 2 or 1)
+def _shares(chip, tiles, programs, keys, bytes_each):
+    """How many programs share the keys of a tile: a power of two, so that no processor is idle."""
+    resident = chip.processors * (2 if tiles["BLOCK_M"] < 64 else 1)
+    wanted = min(resident // programs, keys // (2 * tiles["BLOCK_N"]), SHARE_BYTES // bytes_each, 64)
+    return power(wanted + 1) // 2 or 1
 
 
 def _split(dim):
@@ -132,9 +133,9 @@ def _split(dim):
     return most, power(dim - most, 16)
 
 
-def _extent(cache):
-    """How many elements lie between the first and the last."""
-    return sum((size - 1) * stride for size, stride in zip(cache.shape, cache.stride(), strict=True))
+def _reach(cache):
+    """No element lies farther from the first."""
+    return cache.untyped_storage().nbytes() // cache.element_size()
 
 
 def _step(scale):

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, computed, launch, power, readable, refuse_device, rounded
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
 
 TRAITS = {
     "deterministic": True,
@@ -25,7 +25,7 @@ def run(q, k, cos, sin, positions, *, interleaved):
     q_in, k_in = readable(q), readable(k)
     pairs, rest = power(half), power(dim - 2 * half)
     size = power(max(heads, k.shape[1]), most=max(1, (8192 if INTERPRETED else 1024) // max(pairs, rest)))
-    q_blocks, k_blocks = triton.cdiv(heads, size), triton.cdiv(k.shape[1], size)
+    q_blocks, k_blocks = blocks(heads, size), blocks(k.shape[1], size)
     launch(
         _rotate, (tokens, q_blocks + k_blocks), q, q_in, k_in, cos, sin, positions.contiguous(), q_out, k_out,
         heads, k.shape[1], q_blocks, *q_in.stride(), *k_in.stride(), *cos.stride(), *sin.stride(),

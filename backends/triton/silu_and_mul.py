@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, computed, launch, power, readable, refuse_device, rounded, rows_of
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded, rows_of
 from ._tuned import choose
 
 TRAITS = {
@@ -29,7 +29,7 @@ def run(x):
     y = torch.empty((*x.shape[:-1], width), dtype=computed(x.dtype), device=x.device)
     rows = rows_of(readable(x))
     tiles = choose("silu_and_mul", x.device, _tiles(width, x.element_size()), dtype=x.dtype, width=power(width))
-    grid = (rows.shape[0], triton.cdiv(width, tiles["BLOCK"]))
+    grid = (rows.shape[0], blocks(width, tiles["BLOCK"]))
     launch(_gate, grid, x, rows, y, width, *rows.stride(), **tiles)
     return rounded(y, x.dtype)
 

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ._bytes import PLAIN, encoded, stored
 from ._chip import INTERPRETER
-from ._launch import INTERPRETED, launch, power, readable, refuse_device
+from ._launch import INTERPRETED, blocks, launch, power, readable, refuse_device
 
 TRAITS = {"deterministic": True, "batch_invariant": True, "graph_safe": True, "workspace_bytes": 0}
 
@@ -24,7 +24,7 @@ def run(k, v, k_cache, v_cache, slots, *, k_scale, v_scale):
     block = power(max(k_width, v_width), most=8192 if INTERPRETED else 1024)
     absent = (0, 0, 0)
     launch(
-        _scatter, (k.shape[0], triton.cdiv(max(k_width, v_width), block)), k, k_in, v_in, k_out, v_out,
+        _scatter, (k.shape[0], blocks(max(k_width, v_width), block)), k, k_in, v_in, k_out, v_out,
         slots.contiguous(), k_scale if k_scale is None else k_scale.contiguous(),
         v_scale if v_scale is None else v_scale.contiguous(), k_cache.shape[0] * k_cache.shape[1], k_width, v_width,
         *k_in.stride(), *(absent if v is None else v_in.stride()), *k_out.stride(),
