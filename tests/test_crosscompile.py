@@ -153,23 +153,22 @@ def test_a_kernel_for_both_vendors(tmp_path):
 
 PLANTED = """
 import sys
-import triton, triton.language as tl
-from types import ModuleType
 from llmkernels.crosscompile import launches
 from llmkernels.crosscompile.build import compile_all
 from llmkernels.crosscompile.chips import CHIPS
 from pathlib import Path
 from llmkernels.backends.triton import silu_and_mul
 
-silu_and_mul._nobody = silu_and_mul._gate.__class__(silu_and_mul._gate.fn)  # a kernel that no call launches
 found, wrong = launches.record("triton", [CHIPS["sm_90"]], Path(sys.argv[1]), "silu_and_mul")
 assert not wrong, wrong
 missing = launches.unreached("triton", found)
 assert "silu_and_mul._gate" not in missing
+assert "merge_attention._merge" in missing  # nobody called merge_attention
 launch = found[0]
-launch.constants = {path: ({"no": "type"} if value else value) for path, value in launch.constants.items()}
+launch.constants = {path: 3 for path in launch.constants}  # no power of two
 (built,) = compile_all([launch], 1, 30, Path(sys.argv[1]))
-assert built.why, "a launch that makes no sense compiled"
+assert "power of 2" in built.why, built
+assert "tl.arange" in built.why, built
 (slow,) = compile_all([found[1]], 1, -1, Path(sys.argv[1]) / "fresh")
 assert "did not end" in slow.why, slow
 """
