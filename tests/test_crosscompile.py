@@ -86,7 +86,7 @@ def test_assembly_is_read():
         v_mfma_f32_32x32x8_bf16 a[0:15], v[0:1], v[2:3], a[0:15]
         .agpr_count: 16
         .group_segment_fixed_size: 0
-        .private_segment_fixed_size: 12
+        .private_segment_fixed_size: 46
         .sgpr_spill_count: 5
         .vgpr_count: 48
         .vgpr_spill_count: 0

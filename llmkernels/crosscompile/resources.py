@@ -29,7 +29,7 @@ class Resources:
     """One kernel on one chip.  Registers are of a lane; bytes of a program, but in_flight, which is of a unit."""
 
     registers: int
-    spills: int  # registers kept in memory: stores to the stack (NVIDIA), spilled VGPRs (AMD)
+    spills: int  # stores to the stack in the code (NVIDIA), registers of a lane that lie in memory (AMD)
     scalar_spills: int  # SGPRs kept in lanes of a VGPR: a few cycles, no memory
     shared: int
     matrix: dict[str, int]  # kind of matrix instruction -> how many there are in the code
@@ -95,7 +95,7 @@ def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int, bool]:
     code = kernel.asm["amdgcn"]
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+(?:_count|_fixed_size)):\s+(\d+)", code)}
     # On chips with one file for both, vgpr_count holds the accumulation registers too.
-    spills = max(numbers["vgpr_spill_count"], numbers.get("agpr_spill_count", 0), numbers["private_segment_fixed_size"])
+    spills = max(numbers["vgpr_spill_count"], -(-numbers["private_segment_fixed_size"] // 4))
     loaded = sum(WIDTHS_AMD.get(width, 2) for width in LOADS_AMD.findall(code))
     matrix = Counter(re.sub(r"_\d+x\d+x\d+\w*$", "", name) for name in MATRIX_AMD.findall(code))
     return (
