@@ -10,14 +10,14 @@ import triton.language as tl
 
 @triton.jit
 def nibbles(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
-    """The low halves of bytes codes [n, k / 2], as DOT: 16 bits hold each of them exactly; int8 does for int4 too."""
+    """The low halves of bytes, codes and zeros of one shape or broadcast to it, as DOT: 16 bits hold each of them exactly; int8 does for int4 too."""
     low = codes & 15
     if KIND == "mxfp4":
         value = (0xC8643210 >> ((low & 7) * 4).to(tl.uint32)) & 15  # twice 0, 0.5, 1, 1.5, 2, 3, 4, 6
         number = value.to(tl.int8)
         found = tl.where(low > 7, -number, number).to(DOT)
     elif ZEROS:
-        found = (low.to(tl.int8) - zeros.to(tl.int8)[:, None]).to(DOT)
+        found = (low.to(tl.int8) - zeros.to(tl.int8)).to(DOT)
     else:
         found = (low.to(tl.int8) - 8).to(DOT)
     return found
@@ -25,11 +25,11 @@ def nibbles(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.const
 
 @triton.jit
 def bytes_(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
-    """codes [n, k] as DOT.  Of int8 with zero points, as DOT int8: codes still, since codes - zeros may take 9 bits."""
+    """codes as DOT.  Of int8 with zero points, as DOT int8: codes still, since codes - zeros may take 9 bits."""
     if KIND == "fp8" and codes.dtype == tl.uint8:
         found = e4m3(codes, DOT)
     elif ZEROS and tl.int8 != DOT:
-        found = (codes.to(tl.int16) - zeros.to(tl.int16)[:, None]).to(DOT)
+        found = (codes.to(tl.int16) - zeros.to(tl.int16)).to(DOT)
     else:
         found = codes.to(DOT)
     return found

@@ -13,17 +13,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._dequantize import dequantized
+from ._few import multiply_few
 from ._launch import INTERPRETED, computed, launch, power, readable, rounded, rows_of
 from ._product import finish, multiply
 from ._rows import prepared
-from ._tiles import gpu, tiles
+from ._tiles import gpu, tiles, tiles_few
 from ._tuned import choose
 from ._weights import Form
 
 GATED = ("swiglu", "geglu")
 MANY = 16 if INTERPRETED else 256  # rows from which a weight is unpacked once, not in every tile of rows
 LEAST_COLUMNS = 256  # ... where roundings of its numbers average out
-FEW = 16  # rows that every program may gather anew
+FEW = 16  # rows; a tile of matrix instructions has as many
 LARGEST_SUM = 2**17 - 1  # columns of int8 x int8 that an int32 holds the sum of
 FP8 = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e4m3fnuz: tl.float8e4b8}
 DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8} | FP8
@@ -113,9 +114,29 @@ def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, ga
     kind, group, values = form.kind, form.group, form.values
     if kind == "fp8" and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
+    common = {
+        "KIND": kind, "DOT": DOT[x.dtype], "GROUP": group, "X_GROUPED": form.x_group > 0, "SCALE_ROWS": form.scale_rows,
+        "FACTOR": factor, "ACTIVATION": activation, "GATED": gated, "PTX": _unpacks_in_ptx(form, x.dtype),
+    }  # fmt: skip
+    known = {"kind": kind, "dot": x.dtype, "group": group}
+    if rows <= FEW and (INTERPRETED or x.dtype != torch.float32):
+        choice = choose(
+            "product_few", device, tiles_few(features, columns, kind, group, gpu(device.index)),
+            **known, features=features, columns=columns,
+        )  # fmt: skip
+        choice = choice | {"WIDE": min(choice["WIDE"], group or choice["WIDE"])}
+        split, even = choice["SPLIT"], columns % (choice["SLICES"] * choice["WIDE"]) == 0
+        parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
+        launch(
+            multiply_few, (triton.cdiv(features, choice["BLOCK_N"]), split), x,
+            x, permutation, x_scales, values, form.scales, form.zeros, bias, y, parts,
+            rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even, **common, **choice,
+        )  # fmt: skip
+        _finish(parts, bias, y, activation, gated)
+        return
     choice = choose(
         "product", device, tiles(rows, features, columns, kind, x.dtype, group, gpu(device.index)),
-        kind=kind, dot=x.dtype, group=group, rows=power(rows), features=features, columns=columns,
+        **known, rows=power(rows), features=features, columns=columns,
     )  # fmt: skip
     if group and not _foldable(form, x.dtype, columns):
         choice = choice | {"BLOCK_K": min(choice["BLOCK_K"], group)}
@@ -132,15 +153,25 @@ def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, ga
         multiply, grid, x,
         left, permutation, x_scales, right, form.scales, form.zeros, bias, y, parts,
         rows, features, columns, x.stride(0), values.stride(0),
-        KIND=kind, DOT=DOT[x.dtype], GROUP=group, X_GROUPED=form.x_group > 0, SCALE_ROWS=form.scale_rows,
-        FACTOR=factor, ACTIVATION=activation, GATED=gated, EVEN=columns % choice["BLOCK_K"] == 0,
-        PTX=not INTERPRETED and not torch.version.hip and x.dtype in (torch.bfloat16, torch.float16), **choice,
+        EVEN=columns % choice["BLOCK_K"] == 0, **common, **choice,
     )  # fmt: skip
-    if split > 1:
+    _finish(parts, bias, y, activation, gated)
+
+
+def _finish(parts, bias, y, activation, gated):
+    """The sum of parts [SPLIT, rows, features], if there are any, to y."""
+    if parts is not None:
+        split, rows, features = parts.shape
         launch(
-            finish, (triton.cdiv(features, 256), rows), x, parts, bias, y, rows, features,
+            finish, (triton.cdiv(features, 256), rows), y, parts, bias, y, rows, features,
             ACTIVATION=activation, GATED=gated, SPLIT=split, BLOCK_N=256, num_warps=2,
         )  # fmt: skip
+
+
+def _unpacks_in_ptx(form, dot):
+    if INTERPRETED or torch.version.hip:
+        return False
+    return dot in (torch.bfloat16, torch.float16) or (dot == torch.int8 and form.kind == "int4" and form.zeros is None)
 
 
 def _foldable(form, dot, columns):

@@ -73,7 +73,7 @@ def multiply(
     begin = share * length
     end = tl.minimum(begin + length, columns)
     scale = _scales_at(scales, scale_at, begin, columns, KIND, GROUP if AFTER else 0)
-    zero = _zeros_at(zeros, scale_at, begin, columns, GROUP)
+    zero = _zeros_at(zeros, scale_at, feature, begin, columns, GROUP)
     x_group = x_scales if X_GROUPED else None
     x_scale = _x_scales_at(x_group, safe_row, begin, columns, GROUP)
 
@@ -86,18 +86,18 @@ def multiply(
         # Read a pass early; after the first, most lie in a line of L1 that an earlier group brought.
         next_scale = _scales_at(scales, scale_at, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
         next_x_scale = _x_scales_at(x_group, safe_row, start + BLOCK_K, columns, GROUP)
-        next_zero = _zeros_at(zeros, scale_at, start + BLOCK_K, columns, GROUP)
+        next_zero = _zeros_at(zeros, scale_at, feature, start + BLOCK_K, columns, GROUP)
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
             if TMA:
                 codes = weight.load([tile_n * BLOCK_N, start // 2])
             else:
-                codes = _masked(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
+                codes = loaded(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
             even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
             if PTX:
-                low, high = pairs(codes, zero, ZEROS, KIND, DOT)
+                low, high = pairs(codes, zero[:, None], ZEROS, KIND, DOT)
             else:
-                low, high = nibbles(codes, zero, ZEROS, KIND, DOT), nibbles(codes >> 4, zero, ZEROS, KIND, DOT)
+                low, high = nibbles(codes, zero[:, None], ZEROS, KIND, DOT), nibbles(codes >> 4, zero[:, None], ZEROS, KIND, DOT)
             if FOLD:
                 fold = _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
                 low, high = _folded(low, fold), _folded(high, fold)
@@ -111,8 +111,8 @@ def multiply(
             if TMA:
                 codes = weight.load([tile_n * BLOCK_N, start])
             else:
-                codes = _masked(weight_rows + column[None, :], column[None, :], columns, EVEN)
-            b = bytes_(codes, zero, ZEROS, KIND, DOT)
+                codes = loaded(weight_rows + column[None, :], column[None, :], columns, EVEN)
+            b = bytes_(codes, zero[:, None], ZEROS, KIND, DOT)
             if FOLD:
                 b = _folded(b, _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
             part = _dot(a.to(DOT), b, None if AFTER else sums)
@@ -168,7 +168,7 @@ def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl
 
 
 @triton.jit
-def _masked(at, index, count, EVEN: tl.constexpr):
+def loaded(at, index, count, EVEN: tl.constexpr):
     """What lies at `at`, and 0 past the end.  EVEN: tiles do not reach past it."""
     if EVEN:
         found = tl.load(at)
@@ -187,12 +187,12 @@ def _activations(
     """
     source = column
     if permutation is not None:
-        source = _masked(permutation + column, column, columns, EVEN)
+        source = loaded(permutation + column, column, columns, EVEN)
     if SHARED:
         inside = there if EVEN else there & (column < columns)[None, :]
         a = tl.load(x_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca")
     else:
-        a = _masked(x_rows + source[None, :], column[None, :], columns, EVEN)
+        a = loaded(x_rows + source[None, :], column[None, :], columns, EVEN)
     return a
 
 
@@ -223,8 +223,8 @@ def _folded(b, scale):
 
 
 @triton.jit
-def _zeros_at(zeros, at, start, columns, GROUP: tl.constexpr):
-    found = 0
+def _zeros_at(zeros, at, feature, start, columns, GROUP: tl.constexpr):
+    found = tl.zeros(feature.shape, tl.int8)
     if zeros is not None:
         group = tl.minimum(start, columns - 1) // GROUP if GROUP else 0
         found = tl.load(zeros + at + group)

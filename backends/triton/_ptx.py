@@ -64,21 +64,40 @@ E2M1_BF16 = tl.constexpr(_e2m1("bf16x2", 6, "0x01C001C0", "0x7F007F00"))
 E2M1_FP16 = tl.constexpr(_e2m1("f16x2", 9, "0x0E000E00", "0x78007800"))
 
 
+# q - 8 in two's complement: bit 3 turned over, and copied to the bits above, which is adding 30 times itself.
+SIGNED = tl.constexpr("""{
+    .reg .b32 low, high, low_sign, high_sign;
+    shr.u32 high, $2, 4;
+    lop3.b32 low, $2, 0x0F0F0F0F, 0x08080808, 0x6A;
+    lop3.b32 high, high, 0x0F0F0F0F, 0x08080808, 0x6A;
+    and.b32 low_sign, low, 0x08080808;
+    and.b32 high_sign, high, 0x08080808;
+    mad.lo.u32 $0, low_sign, 30, low;
+    mad.lo.u32 $1, high_sign, 30, high;
+}""")
+
+
 @triton.jit
 def pairs(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
-    """The low and the high halves of bytes codes [n, k / 2], as DOT, bfloat16 or float16."""
+    """The low and the high halves of bytes, codes and zeros of one shape or broadcast to it, as DOT.
+
+    DOT is bfloat16, float16 or, for symmetric int4, int8.
+    """
     UNIT: tl.constexpr = 128 if tl.bfloat16 == DOT else 1024
-    offset = tl.full(codes.shape, -(UNIT + 8), DOT)
-    if ZEROS:
-        offset = tl.broadcast_to((-UNIT - zeros.to(tl.int32)).to(DOT)[:, None], codes.shape)
-    if tl.bfloat16 == DOT:
-        both = tl.inline_asm_elementwise(
-            INTEGERS_BF16 if KIND == "int4" else E2M1_BF16, "=r,=r,=r,=r,r,r,r", [codes, offset],
-            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-        )  # fmt: skip
+    if tl.int8 == DOT:
+        both = tl.inline_asm_elementwise(SIGNED, "=r,=r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
     else:
-        both = tl.inline_asm_elementwise(
-            INTEGERS_FP16 if KIND == "int4" else E2M1_FP16, "=r,=r,=r,=r,r,r,r", [codes, offset],
-            dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
+        offset = tl.full(codes.shape, -(UNIT + 8), DOT)
+        if ZEROS:
+            offset = tl.broadcast_to((-UNIT - zeros.to(tl.int32)).to(DOT), codes.shape)
+        if tl.bfloat16 == DOT:
+            both = tl.inline_asm_elementwise(
+                INTEGERS_BF16 if KIND == "int4" else E2M1_BF16, "=r,=r,=r,=r,r,r,r", [codes, offset],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            both = tl.inline_asm_elementwise(
+                INTEGERS_FP16 if KIND == "int4" else E2M1_FP16, "=r,=r,=r,=r,r,r,r", [codes, offset],
+                dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
     return both
