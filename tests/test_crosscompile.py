@@ -97,7 +97,7 @@ def test_assembly_is_read():
     )
     found = resources.measure(kernel, CHIPS["gfx942"], warps=4)
     assert (found.registers, found.spills, found.scalar_spills, found.shared) == (48, 12, 5, 2048)
-    assert found.matrix == {"v_mfma_f32": 1}
+    assert found.matrix == {"v_mfma_f32_bf16": 1}
     assert found.in_flight == found.programs * 4 * 64 * (16 + 16 + 2)
 
 

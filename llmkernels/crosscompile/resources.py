@@ -17,7 +17,7 @@ from llmkernels.crosscompile.chips import Chip
 
 # mma.sync; wgmma; tcgen05; MFMA and WMMA.  DMMA (float64) is nothing that kernels here want.
 MATRIX_NVIDIA = re.compile(r"\b((?:H|I|Q|O|HG|IG|QG|UTCH|UTCI|UTCQ|UTCO)MMA)[.\w]*")
-MATRIX_AMD = re.compile(r"\b(v_s?(?:mfma|wmma)(?:_scale)?_[a-z]\w+)")
+MATRIX_AMD = re.compile(r"\b(v_s?(?:mfma|wmma)(?:_scale)?_[a-z]\d+)_\d+x\d+x\d+_?([a-z]+\d+)")  # sum, then factors
 LOADS_NVIDIA = re.compile(r"\b(?:LDG|LDGSTS)\.E(?:\.[A-Z]+)*(?:\.(8|16|U8|S8|U16|S16|64|128))?[.\s]")
 LOADS_AMD = re.compile(r"\b(?:global|buffer)_load_(?:lds_)?(dwordx?\d?|b\d+|u?s?byte|u?s?short|[ui](?:8|16)|d16\w*)")
 WIDTHS_AMD = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
@@ -97,7 +97,7 @@ def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int, bool]:
     # On chips with one file for both, vgpr_count holds the accumulation registers too.
     spills = max(numbers["vgpr_spill_count"], -(-numbers["private_segment_fixed_size"] // 4))
     loaded = sum(WIDTHS_AMD.get(width, 2) for width in LOADS_AMD.findall(code))
-    matrix = Counter(re.sub(r"_\d+x\d+x\d+\w*$", "", name) for name in MATRIX_AMD.findall(code))
+    matrix = Counter(f"{name}_{factors}" for name, factors in MATRIX_AMD.findall(code))
     return (
         numbers["vgpr_count"],
         spills,
