@@ -18,6 +18,7 @@ def told():
     script = Path(triton_faults.__file__)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "plant the fault elsewhere" not in done.stderr, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 

@@ -21,8 +21,9 @@ needs_triton = pytest.mark.skipif(not util.find_spec("triton"), reason="triton i
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """A backend whose one kernel asks for tiles as the Triton backend does.  Yields what it was last told."""
+    """A backend whose two kernels ask for tiles as the Triton backend's do.  It notes what the first was told."""
     state = SimpleNamespace(asked=None, told=None)
+    state.subjects = list(bench.subjects("cpu", "silu_and_mul", "float32", quick=True))
 
     @contextmanager
     def answered_by(function):
@@ -44,10 +45,6 @@ def tiles(monkeypatch):
     return state
 
 
-def subjects():
-    return list(bench.subjects("cpu", "silu_and_mul", "float32", quick=True))
-
-
 def choices(tiles, seconds, most=40):
     """What the search decides where tiles take `seconds(tiles)`."""
 
@@ -55,7 +52,7 @@ def choices(tiles, seconds, most=40):
         run(subject.call["x"])
         return seconds(tiles.told)
 
-    return {choice.key: choice for choice in tune.tune("fake", subjects(), clock=clock, most=most)}
+    return {choice.key: choice for choice in tune.tune("fake", tiles.subjects, clock=clock, most=most)}
 
 
 def test_the_search_walks_to_the_fastest(tiles):

@@ -139,6 +139,10 @@ CHECKS = {
 }
 
 
+def raised(error):
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def main():
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU here")
@@ -148,7 +152,7 @@ def main():
             check()
         except Exception as error:  # every check is made, and each failure told
             failed += 1
-            print(f"failed {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+            print(f"failed {name}: {raised(error)}", flush=True)
         else:
             print(f"passed {name}", flush=True)
     print(f"{len(CHECKS) - failed} passed, {failed} failed on {torch.cuda.get_device_name()}")

@@ -85,7 +85,7 @@ def tune(
         own: dict[str, Tiles] = {}
         with tuned.answered_by(lambda key, tiles, own=own: own.setdefault(key, dict(tiles))):
             bound(subject.contract, run, subject.copy())()
-        for key in own.keys() - done:
+        for key in [key for key in own if key not in done]:
             done.add(key)
             if choice := _search(tuned, subject, run, key, own, seen, clock or _time, most):
                 yield choice
@@ -125,6 +125,7 @@ def _search(
             if (t := took(candidate)) is not None and t < best_seconds * (1 - MARGIN):
                 best, best_seconds, moved = candidate, t, True
     own_seconds = times[json.dumps(heuristic)] or best_seconds
+    tried, refused = len(times), sum(t is None for t in times.values())
     if best != heuristic:
         rounds = []
         for _ in range(REPEATS):  # in turn, so that a clock that drifts favours neither
@@ -133,9 +134,8 @@ def _search(
         own_seconds, best_seconds = (statistics.median(column) for column in zip(*rounds, strict=True))
         if best_seconds > own_seconds * (1 - MARGIN):
             best, best_seconds = heuristic, own_seconds
-    refused = sum(t is None for t in times.values())
     about = (subject.contract.name, subject.dtype, subject.case)
-    return Choice(key, *about, heuristic, best, own_seconds, best_seconds, len(times), refused)
+    return Choice(key, *about, heuristic, best, own_seconds, best_seconds, tried, refused)
 
 
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:
@@ -157,11 +157,11 @@ def _time(subject: Subject, run: Callable) -> float | None:
         return seconds(runs, subject.device, BUDGET)
     except Exception:  # tiles that do not compile, or do not fit, are no candidates
         if subject.device.startswith("cuda"):
-            _check_device(subject.device)
+            _raise_if_broken(subject.device)
         return None
 
 
-def _check_device(device: str) -> None:
+def _raise_if_broken(device: str) -> None:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:

@@ -35,6 +35,9 @@ def compile_(
     against: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Fail on what is worse than in this report.")
     ] = None,
+    load: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Compile nothing: show this report.")
+    ] = None,
     keep: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report there.")] = None,
     record: Annotated[
         Path | None,
@@ -48,17 +51,20 @@ def compile_(
     instructions, or is worse than --against says.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; unset, Triton 3.9 warns of another to come
-    import triton  # noqa: F401  a missing package is said before anything else
-
     from llmkernels import discovery, status
     from llmkernels.crosscompile import chips, launches
     from llmkernels.crosscompile import record as kept
     from llmkernels.crosscompile.build import compile_all
 
     discovery.check_name(backend, "--backend")
+    wanted = [chips.find(name) for name in target or chips.CHIPS]
+    if load:
+        rows = [row for row in kept.read(load)["rows"] if row["target"] in [chip.name for chip in wanted]]
+        told = _sentences([(one, what) for one in rows for what in kept.faults(one)])
+        show_json({"rows": rows}) if json else _show(rows, wanted, told, f"{len(rows)} specialisations, as kept,")
+        return
     if backend == discovery.REFERENCE or not launches.compiles(backend):
         raise ValueError(f"--backend is {backend!r}, which has no Triton kernels")
-    wanted = [chips.find(name) for name in target or chips.CHIPS]
     old = kept.read(against) if against else None
     with progress("asking what is launched") as (bar, task):
         found, problems = launches.record(backend, wanted, cache, op, lambda text: bar.update(task, description=text))

@@ -110,18 +110,22 @@ def _work(launches: Sequence[Launch], pipe: Connection) -> None:
         try:
             answer = (_compiled(launches[number]), "")
         except Exception as error:  # whatever a compiler raises is why the kernel was not compiled
-            answer = (None, _why(error))
+            answer = (None, _raised(error))
         pipe.send(answer)
 
 
-def _why(error: BaseException) -> str:
+def _raised(error: BaseException) -> str:
     """The innermost message, and the line of source that it is about: Triton prints the whole kernel around them."""
-    while error.__cause__:
+    line = ""
+    while True:
+        source, node = getattr(error, "src", None), getattr(error, "node", None)
+        if source and node:
+            line = f", in: {source.splitlines()[node.lineno - 1].strip()}"
+        if not error.__cause__:
+            break
         error = error.__cause__
     said = getattr(error, "error_message", None) or str(error)
-    text = f"{type(error).__name__}: {' '.join(str(said).split())[:300]}"
-    source, node = getattr(error, "src", None), getattr(error, "node", None)
-    return f"{text}, in: {source.splitlines()[node.lineno - 1].strip()}" if source and node else text
+    return f"{type(error).__name__}: {' '.join(str(said).split())[:300]}{line}"
 
 
 def _compiled(launch: Launch) -> Resources:

@@ -110,10 +110,7 @@ def record(
                         continue
                     _call(contract, module.run, call)  # type: ignore[union-attr]
                 except Exception as error:  # whatever a backend raises is a finding
-                    lines = str(error).splitlines() or [""]
-                    wrong.append(
-                        f"{contract.name} {dtype} {case.name!r} on {chip.name}: {type(error).__name__}: {lines[0]}"
-                    )
+                    wrong.append(f"{contract.name} {dtype} {case.name!r} on {chip.name}: {_raised(error)}")
             for function, signature, constants, attributes, options in noted:
                 key = (function, chip.name, str(signature), str(constants), str(attributes), str(options))
                 name = f"{function.module.rpartition('.')[2]}.{function.fn.__name__}"
@@ -209,6 +206,10 @@ def _with_memory(call: dict[str, Any]) -> dict[str, Any]:
         return fresh.set_(memories[old._cdata], value.storage_offset(), value.shape, value.stride())
 
     return {name: value.map(move) if hasattr(value, "scheme") else move(value) for name, value in call.items()}
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _call(contract: Contract, run: Callable, call: Mapping[str, Any]) -> None:

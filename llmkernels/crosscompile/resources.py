@@ -17,7 +17,7 @@ from llmkernels.crosscompile.chips import Chip
 
 # mma.sync; wgmma; tcgen05; MFMA and WMMA.  DMMA (float64) is nothing that kernels here want.
 MATRIX_NVIDIA = re.compile(r"\b((?:H|I|Q|O|HG|IG|QG|UTCH|UTCI|UTCQ|UTCO)MMA)[.\w]*")
-MATRIX_AMD = re.compile(r"\b(v_s?(?:mfma|wmma)(?:_scale)?_[a-z]\w+)")
+MATRIX_AMD = re.compile(r"\b(v_s?(?:mfma|wmma)(?:_scale)?_[a-z]\d+)_\d+x\d+x\d+_?([a-z]+\d+)")  # sum, then factors
 LOADS_NVIDIA = re.compile(r"\b(?:LDG|LDGSTS)\.E(?:\.[A-Z]+)*(?:\.(8|16|U8|S8|U16|S16|64|128))?[.\s]")
 LOADS_AMD = re.compile(r"\b(?:global|buffer)_load_(?:lds_)?(dwordx?\d?|b\d+|u?s?byte|u?s?short|[ui](?:8|16)|d16\w*)")
 WIDTHS_AMD = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
@@ -29,7 +29,7 @@ class Resources:
     """One kernel on one chip.  Registers are of a lane; bytes of a program, but in_flight, which is of a unit."""
 
     registers: int
-    spills: int  # registers kept in memory: stores to the stack (NVIDIA), spilled VGPRs (AMD)
+    spills: int  # stores to the stack in the code (NVIDIA), registers of a lane that lie in memory (AMD)
     scalar_spills: int  # SGPRs kept in lanes of a VGPR: a few cycles, no memory
     shared: int
     matrix: dict[str, int]  # kind of matrix instruction -> how many there are in the code
@@ -42,9 +42,10 @@ class Resources:
 def measure(kernel: Any, chip: Chip, warps: int) -> Resources:
     """The resources of what triton.compile returned."""
     read = _nvidia if chip.vendor == "cuda" else _amd
-    registers, spills, scalar, static, matrix, loaded = read(kernel)
+    registers, spills, scalar, static, matrix, loaded, copies = read(kernel)
     shared = max(kernel.metadata.shared, static)
     programs = chip.occupancy(registers, shared, warps)
+    each = max(warps * chip.wave * loaded, kernel.metadata.shared if copies else 0)
     return Resources(
         registers=registers,
         spills=spills,
@@ -54,7 +55,7 @@ def measure(kernel: Any, chip: Chip, warps: int) -> Resources:
         products=products(kernel.asm["ttir"], chip),
         programs=programs,
         occupancy=round(programs * warps / chip.waves, 3),
-        in_flight=programs * warps * chip.wave * loaded,
+        in_flight=programs * each,
     )
 
 
@@ -76,7 +77,7 @@ def products(ttir: str, chip: Chip) -> list[str]:
     return sorted(found)
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
+def _nvidia(kernel: Any) -> tuple[int, int, int, int, Counter, int, bool]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -85,16 +86,18 @@ def _nvidia(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     spills = len(re.findall(r"\bSTL(?:\.\w+)*\b", code))
     loaded = sum(int((width or "32").strip("US")) // 8 for width in LOADS_NVIDIA.findall(code))
-    return numbers["REG"], spills, 0, numbers["SHARED"], Counter(MATRIX_NVIDIA.findall(code)), loaded
+    tensor_copies = "UTMALDG" in code  # which fill shared memory, and say no width
+    matrix = Counter(MATRIX_NVIDIA.findall(code))
+    return numbers["REG"], spills, 0, numbers["SHARED"], matrix, loaded, tensor_copies
 
 
-def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
+def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int, bool]:
     code = kernel.asm["amdgcn"]
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+(?:_count|_fixed_size)):\s+(\d+)", code)}
     # On chips with one file for both, vgpr_count holds the accumulation registers too.
-    spills = max(numbers["vgpr_spill_count"], numbers.get("agpr_spill_count", 0), numbers["private_segment_fixed_size"])
+    spills = max(numbers["vgpr_spill_count"], -(-numbers["private_segment_fixed_size"] // 4))
     loaded = sum(WIDTHS_AMD.get(width, 2) for width in LOADS_AMD.findall(code))
-    matrix = Counter(re.sub(r"_\d+x\d+x\d+\w*$", "", name) for name in MATRIX_AMD.findall(code))
+    matrix = Counter(f"{name}_{factors}" for name, factors in MATRIX_AMD.findall(code))
     return (
         numbers["vgpr_count"],
         spills,
@@ -102,6 +105,7 @@ def _amd(kernel: Any) -> tuple[int, int, int, int, Counter, int]:
         numbers["group_segment_fixed_size"],
         matrix,
         loaded,
+        False,
     )
 
 
