@@ -6,7 +6,7 @@ from . import _native
 from ._call import DTYPES, channels, pointer, spread_channels
 
 TRAITS = {"deterministic": True, "batch_invariant": True, "accumulate": "float32"}
-NONE = (0,) * 5  # the addresses of arguments that most calls leave out
+NONE = (0, 0, 0, 0, 0)  # the addresses of arguments that most calls leave out
 
 
 def refuse(q, k_cache, v_cache, *rest, **options):
@@ -23,12 +23,12 @@ def run(
     lse = torch.empty((tokens, heads), dtype=torch.float32) if return_lse else None
     # Named here, so that copies live as long as the call.
     q, block_table, lengths, starts = channels(q), channels(block_table), channels(seq_lens), channels(cu_seqlens_q)
-    rare, per_head = (), False
+    addresses, per_head = NONE, False
     if not (sinks is alibi_slopes is k_scale is v_scale is tree_mask is None):
         if per_head := any(scale is not None and scale.numel() > 1 for scale in (k_scale, v_scale)):
             k_scale, v_scale = (scale if scale is None else scale.expand(kv_heads) for scale in (k_scale, v_scale))
         rare = [x if x is None else x.contiguous() for x in (sinks, alibi_slopes, k_scale, v_scale, tree_mask)]
-    addresses = [*map(pointer, rare)] or NONE
+        addresses = tuple(map(pointer, rare))
     q_token, q_head, _ = q.stride()
     k_page, k_slot, k_head, _ = k_cache.stride()
     v_page, v_slot, v_head, _ = v_cache.stride()
