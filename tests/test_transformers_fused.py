@@ -148,7 +148,7 @@ def test_what_is_left_and_why():
     other = small_model("Llama")
     other.model.layers[0].__class__ = type("AnotherDecoderLayer", (type(first),), {})
     assert "AnotherDecoderLayer is no block that is known" in str(adapter.optimize(other))
-    assert "Linear    it has no block that is known" in str(adapter.optimize(torch.nn.Linear(3, 3)))
+    assert "Linear  it has no block that is known" in str(adapter.optimize(torch.nn.Linear(3, 3)))
 
 
 def test_wrong_uses():
