@@ -33,7 +33,8 @@ def tiles(rows, features, columns, kind, dot, group, chip):
     count = blocks(rows, block_m) * blocks(features, block_n)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BAND": band,
-        "SPLIT": _split(count, wanted, columns, block_k), "TMA": chip.hopper and rows >= LARGE_ROWS,
+        "SPLIT": _split(count, wanted, columns, block_k),
+        "TMA": chip.hopper and rows >= LARGE_ROWS and dot != torch.float32,  # float32 waits for its multiply-adds
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
