@@ -123,3 +123,17 @@ w = QuantizedWeight(values, torch.ones(1, 1), None, None, "w8a8")
 (refusal,) = quantized_gemm.refuse(torch.zeros(1, 2**17), w, bias=None)
 assert refusal[0] == "SHAPE" and "131072" in refusal[1]
 """)
+
+
+def test_schemes_beside_those_of_the_cases():
+    interpreted("""
+from llmkernels.registry import get
+reference = get("quantized_gemm").contract.reference
+for name in ("fp8_block_a16", "fp8_tensor_a16", "w8a8_zp", "w8a8_g64_zp", "w4a8_zp", "w8a8_actorder",
+             "w4a8_g32_zp_actorder", "w8a16_g64_zp_actorder", "w4a8_static"):
+    w = weight(name, 150, 300)
+    for rows in (3, 20):
+        x = torch.randn(rows, 300)
+        want = reference(x.double(), w)
+        assert (quantized_gemm.run(x, w, bias=None) - want).abs().max() < 1e-4 * want.abs().max(), (name, rows)
+""")

@@ -6,14 +6,13 @@ Normalising in the product, with 1 / rms in its epilogue, saves that kernel's 2 
 """
 
 import torch
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._chip import chip_of
 from ._dequantize import dequantized
 from ._few import multiply_few
-from ._launch import INTERPRETED, computed, launch, power, readable, rounded, rows_of
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, rounded, rows_of
 from ._product import finish, multiply
 from ._rows import prepared
 from ._tiles import tiles, tiles_few
@@ -121,7 +120,7 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
         split, even = choice["SPLIT"], columns % (choice["SLICES"] * choice["WIDE"]) == 0
         parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
         launch(
-            multiply_few, (triton.cdiv(features, choice["BLOCK_N"]), split), x,
+            multiply_few, (blocks(features, choice["BLOCK_N"]), split), x,
             x, x_scales, values, form.scales, form.zeros, bias, y, parts,
             rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even, **common, **choice,
         )  # fmt: skip
@@ -141,7 +140,7 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     choice = choice | {"TMA": left is not x}
     split = choice["SPLIT"]
     parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
-    grid = (triton.cdiv(rows, choice["BLOCK_M"]) * triton.cdiv(features, choice["BLOCK_N"]), split)
+    grid = (blocks(rows, choice["BLOCK_M"]) * blocks(features, choice["BLOCK_N"]), split)
     launch(
         multiply, grid, x,
         left, x_scales, right, form.scales, form.zeros, bias, y, parts,
@@ -156,7 +155,7 @@ def _finish(parts, bias, y, activation, gated):
     if parts is not None:
         split, rows, features = parts.shape
         launch(
-            finish, (triton.cdiv(features, 256), rows), y, parts, bias, y, rows, features,
+            finish, (blocks(features, 256), rows), y, parts, bias, y, rows, features,
             ACTIVATION=activation, GATED=gated, SPLIT=split, BLOCK_N=256, num_warps=2,
         )  # fmt: skip
 

@@ -84,6 +84,7 @@ def multiply(
         next_scale = _scales_at(scales, scale_at, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
         next_x_scale = _x_scales_at(x_group, safe_row, start + BLOCK_K, columns, GROUP)
         next_zero = _zeros_at(zeros, scale_at, feature, start + BLOCK_K, columns, GROUP)
+        spread = zero[:, None]
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
             if TMA:
@@ -92,12 +93,9 @@ def multiply(
                 codes = loaded(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
             even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
             if PTX:
-                low, high = pairs(codes, zero[:, None], ZEROS, KIND, DOT)
+                low, high = pairs(codes, spread, ZEROS, KIND, DOT)
             else:
-                low, high = (
-                    nibbles(codes, zero[:, None], ZEROS, KIND, DOT),
-                    nibbles(codes >> 4, zero[:, None], ZEROS, KIND, DOT),
-                )
+                low, high = nibbles(codes, spread, ZEROS, KIND, DOT), nibbles(codes >> 4, spread, ZEROS, KIND, DOT)
             if FOLD:
                 fold = _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
                 low, high = _folded(low, fold), _folded(high, fold)
@@ -107,7 +105,7 @@ def multiply(
                 codes = weight.load([tile_n * BLOCK_N, start])
             else:
                 codes = loaded(weight_rows + column[None, :], column[None, :], columns, EVEN)
-            b = bytes_(codes, zero[:, None], ZEROS, KIND, DOT)
+            b = bytes_(codes, spread, ZEROS, KIND, DOT)
             if FOLD:
                 b = _folded(b, _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
             part = _dot(a.to(DOT), b, None if AFTER else sums)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ._chip import chip_of
 from ._codes import e4m3
-from ._launch import INTERPRETED, launch, power, readable
+from ._launch import INTERPRETED, blocks, launch, power, readable
 from ._tuned import choose
 
 ONE_PASS = 16384  # columns; float32 in registers of 16 warps
@@ -45,7 +45,7 @@ def prepared(
         norm, gain, shift, residual, keep = "none", None, None, None, None
     x, residual, gain, shift = (readable(part) for part in (x, residual, gain, shift))
     rows, width = x.shape
-    groups = triton.cdiv(width, group) if group else 1
+    groups = blocks(width, group) if group else 1
     y = torch.empty((rows, width), dtype=dtype, device=x.device)
     chip = chip_of(x)
     native = chip.fp8 and not chip.amd  # converts float32 to e4m3 itself
@@ -53,7 +53,7 @@ def prepared(
     wide = group or width
     tiles = choose("rows", x.device, _tiles(rows * groups, wide), dtype=x.dtype, width=power(wide), norm=norm)
     launch(
-        _prepare, (triton.cdiv(rows * groups, tiles["ROWS"]),), x,
+        _prepare, (blocks(rows * groups, tiles["ROWS"]),), x,
         x, residual, gain, shift, scale, permutation,
         y.view(torch.uint8) if dtype == torch.float8_e4m3fn and not native else y, keep, scales,
         rows * groups, width, groups, *x.stride(), *((0, 0) if residual is None else residual.stride()), eps,

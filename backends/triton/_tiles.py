@@ -5,10 +5,11 @@ tiles are long in k, and programs share the columns of a tile until every multip
 largest tile whose sums fit registers, and stages until shared memory is full.
 """
 
-import torch
-import triton
+import functools
 
-from ._launch import INTERPRETED, power
+import torch
+
+from ._launch import INTERPRETED, blocks, power
 
 PACKED = ("int4", "mxfp4")
 LARGE_SHARED = 200 << 10  # Hopper's and Blackwell's
@@ -16,6 +17,7 @@ LARGEST_SPLIT = 16
 LARGE_ROWS = 1024  # from here on it pays that tensor descriptors are made for every call, some 20 us of the host's time
 
 
+@functools.lru_cache(4096)
 def tiles(rows, features, columns, kind, dot, group, chip):
     """Tile sizes and launch options.  `dot` is the dtype that is multiplied, `kind` how the weight is stored."""
     if INTERPRETED:
@@ -28,14 +30,16 @@ def tiles(rows, features, columns, kind, dot, group, chip):
     else:
         shape, wanted = _many(rows, features, dot, group, chip), chip.processors
     block_m, block_n, block_k, band, warps, stages = shape
-    count = triton.cdiv(rows, block_m) * triton.cdiv(features, block_n)
+    count = blocks(rows, block_m) * blocks(features, block_n)
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BAND": band,
-        "SPLIT": _split(count, wanted, columns, block_k), "TMA": chip.hopper and rows >= LARGE_ROWS,
+        "SPLIT": _split(count, wanted, columns, block_k),
+        "TMA": chip.hopper and rows >= LARGE_ROWS and dot != torch.float32,  # float32 waits for its multiply-adds
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 
+@functools.lru_cache(4096)
 def tiles_few(features, columns, kind, group, chip):
     """Tile sizes and launch options of _few.multiply_few.  SLICES is num_warps, so that each warp has its own."""
     large = chip.shared >= LARGE_SHARED
@@ -47,7 +51,7 @@ def tiles_few(features, columns, kind, group, chip):
     wanted = chip.processors * (2 if deep else 1)
     return {
         "BLOCK_N": block_n, "WIDE": wide, "SLICES": 4,
-        "SPLIT": _split(triton.cdiv(features, block_n), wanted, columns, 4 * wide),
+        "SPLIT": _split(blocks(features, block_n), wanted, columns, 4 * wide),
         "num_warps": 4, "num_stages": 3 if large else 2,
     }  # fmt: skip
 
@@ -72,7 +76,7 @@ def _many(rows, features, dot, group, chip):
     eight_bits = dot.itemsize == 1
     if chip.shared < LARGE_SHARED:
         return 128, 128, 128 if eight_bits else 64, 8, 8, 2
-    if triton.cdiv(rows, 128) * triton.cdiv(features, 256) < chip.processors:
+    if blocks(rows, 128) * blocks(features, 256) < chip.processors:
         return 128, 128, 128 if eight_bits else 64, 8, 4, 4
     if group:  # scales within the loop take registers
         return 128, 128, 128, 8, 8, 5 if eight_bits else 3
