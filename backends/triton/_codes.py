@@ -10,7 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def nibbles(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
-    """The low halves of bytes, codes and zeros of one shape or broadcast to it, as DOT: 16 bits hold each of them exactly; int8 does for int4 too."""
+    """The low halves of bytes as DOT; codes and zeros are of one shape, or broadcast to it.
+
+    16 bits hold each number exactly; int8 does for int4 too.
+    """
     low = codes & 15
     if KIND == "mxfp4":
         value = (0xC8643210 >> ((low & 7) * 4).to(tl.uint32)) & 15  # twice 0, 0.5, 1, 1.5, 2, 3, 4, 6
@@ -39,7 +42,7 @@ def bytes_(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.conste
 def e4m3(codes, DOT: tl.constexpr):
     """e4m3 codes, uint8, as DOT: float16 of another bias.
 
-    float8e4b8, the format of gfx942, is e4m3 with another bias and other NaNs: numbers half as large from the same bits.
+    float8e4b8, the format of gfx942, has the same bits for numbers half as large, one zero, and one NaN.
     """
     wide = codes.to(tl.int16)
     broken = (wide & 0x7F) == 0x7F

@@ -1,6 +1,6 @@
 """A quantized weight as a dense one, for a call with many rows: unpacked once, instead of in every tile of rows.
 
-    dense[n, k] = (q[n, k] - zero) * scale / top[n]        top[n]: the largest scale of the row, where groups have scales
+    dense[n, k] = (q[n, k] - zero) * scale / top[n]      top[n]: the largest scale of the row, where groups have scales
 
 rounded to the dtype of x.  The product multiplies by top[n] in float32, so that small and large scales fit float16.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._codes import bytes_, nibbles, scales_of
-from ._launch import INTERPRETED, launch
+from ._launch import INTERPRETED, blocks, launch
 
 
 def dequantized(form, dtype):
@@ -19,7 +19,7 @@ def dequantized(form, dtype):
     dense = torch.empty((features, columns), dtype=dtype, device=form.values.device)
     values = form.values.view(torch.uint8) if form.kind == "fp8" else form.values
     block = {"BLOCK_N": 128 if INTERPRETED else 8, "BLOCK_K": 512}
-    grid = (triton.cdiv(columns, block["BLOCK_K"]), triton.cdiv(features, block["BLOCK_N"]))
+    grid = (blocks(columns, block["BLOCK_K"]), blocks(features, block["BLOCK_N"]))
     tops = form.tops if form.group else form.scales
     launch(
         _dequantize, grid, dense,

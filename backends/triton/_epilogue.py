@@ -45,7 +45,7 @@ def store(
 def features_of(tile, features, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
     """The rows of the weight that a tile of outputs needs; at least `features` where there is none.
 
-    Where GATED, of a weight of gates [0 .. features / 2) and what they gate [features / 2 .. features), in turn one each.
+    Where GATED, the weight's rows are gates [0 .. features / 2) and then what they gate: in turn one of each.
     """
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if GATED:

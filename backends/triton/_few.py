@@ -23,7 +23,7 @@ from ._ptx import pairs
 
 @triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def multiply_few(
-    x, permutation, x_scales, weight, scales, zeros, bias, y, parts,
+    x, x_scales, weight, scales, zeros, bias, y, parts,
     rows, features, columns, x_row, weight_row,
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
     FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
@@ -32,7 +32,7 @@ def multiply_few(
     """Arguments as those of _product.multiply; rows <= BLOCK_M, and WIDE divides GROUP where that is not 0."""
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     ZEROS: tl.constexpr = zeros is not None
-    SUM: tl.constexpr = tl.int32 if DOT == tl.int8 else tl.float32
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DOT else tl.float32
     BLOCK_K: tl.constexpr = SLICES * WIDE
     share = tl.program_id(1)
     row = tl.arange(0, BLOCK_M)
@@ -50,11 +50,8 @@ def multiply_few(
 
     for start in range(begin, end, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
-        source = column
-        if permutation is not None:
-            source = loaded(permutation + column, column, columns, EVEN)
         inside = there if EVEN else there & (column < columns)[None, :]
-        a = tl.load(x_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca").to(DOT)
+        a = tl.load(x_rows + column[None, :], mask=inside, other=0.0, cache_modifier=".ca").to(DOT)
         group = tl.zeros([SLICES], tl.int32)
         if GROUP:
             group = tl.minimum((start + tl.arange(0, SLICES) * WIDE) // GROUP, groups - 1)
@@ -81,7 +78,7 @@ def multiply_few(
             b = bytes_(codes, zero[:, None, :], ZEROS, KIND, DOT)
             a = tl.permute(tl.reshape(a, (BLOCK_M, SLICES, WIDE)), (1, 0, 2))
             part = tl.dot(a, b, out_dtype=SUM, input_precision="ieee")
-            if ZEROS and DOT == tl.int8:  # q - zero may take 9 bits
+            if ZEROS and tl.int8 == DOT:  # q - zero may take 9 bits
                 part -= tl.sum(a.to(tl.int32), 2)[:, :, None] * zero.to(tl.int32)[:, None, :]
         if GROUP:
             scale = scales_of(tl.load(scales + scale_at + group[:, None]), KIND)

@@ -8,6 +8,7 @@ rounding afterwards.  On a GPU all three leave things as they are.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,17 +57,43 @@ def blocks(n, size):
 def launch(kernel, grid, x, *args, **options):
     """Start `kernel` on the device of x, on its current stream, unless the grid is empty.
 
-    Triton starts kernels on torch's current device, whatever the arrays' own is.  Products and sums are fused: Triton
-    3.10 does so only where asked.
+    args are the kernel's arguments up to its constants, which are among the options.  Products and sums are fused:
+    Triton 3.10 does so only where asked.  Triton starts kernels on torch's current device, whatever the arrays' own is.
     """
-    options["enable_fp_fusion"] = True
     if 0 in grid:
         return
+    options["enable_fp_fusion"] = True
     if INTERPRETED:
         with np.errstate(all="ignore"):  # a GPU says nothing of overflows either
             kernel[grid](*args, **options)
     elif x.device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
+        _start(kernel, grid, x.device.index, args, options)
     else:
         with torch.cuda.device(x.device):
-            kernel[grid](*args, **options)
+            _start(kernel, grid, x.device.index, args, options)
+
+
+_COMPILED: dict[tuple, Any] = {}
+
+
+def _start(kernel, grid, device, args, options):
+    """Launch by a key of our own: the strings that Triton makes of all arguments take longer than a short kernel."""
+    if torch.version.hip:  # there it also looks at how much memory lies behind a pointer
+        kernel[grid](*args, **options)
+        return
+    kind = (kernel, device, *map(_specialized, args), *options.values())
+    compiled = _COMPILED.get(kind)
+    if compiled is None:
+        _COMPILED[kind] = kernel[grid](*args, **options)
+    else:
+        constants = [options[name] for name in kernel.arg_names[len(args) :]]
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _specialized(value):
+    """What Triton compiles a kernel anew for: dtype and 16-byte alignment, an integer that is 1 or a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if value == 1 else (value % 16 == 0, value.bit_length() < 32)
+    return value if value is None else type(value)

@@ -1,23 +1,21 @@
 """act(norm(x + residual) @ weightT + bias): which kernels, in which tiles.
 
-A norm, a residual, act-order of many rows and rounding to 8 bits are one pass over x, by _rows.py, before the product.
-Normalising in the product itself, with 1 / rms in its epilogue, saves that kernel's 2 us and was slower: at 4096 -> 6144
-and 16 rows 39 us against 23, at 4096 -> 28672 97 us against 83, because every program repeats the work on x.
+A norm, a residual, act-order and rounding to 8 bits are one pass over x, by _rows.py, before the product.
+Normalising in the product, with 1 / rms in its epilogue, saves that kernel's 2 us and was slower on an H100: with
+16 rows 4096 -> 6144 took 39 us against 23, 4096 -> 28672 97 us against 83, for every program repeats the work on x.
 """
 
-import functools
-
 import torch
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._chip import chip_of
 from ._dequantize import dequantized
 from ._few import multiply_few
-from ._launch import INTERPRETED, computed, launch, power, readable, rounded, rows_of
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, rounded, rows_of
 from ._product import finish, multiply
 from ._rows import prepared
-from ._tiles import gpu, tiles, tiles_few
+from ._tiles import tiles, tiles_few
 from ._tuned import choose
 from ._weights import Form
 
@@ -51,23 +49,21 @@ def linear(
     count = rows.shape[0]
     y = torch.empty((count, features // 2 if gated else features), dtype=computed(dtype), device=x.device)
     kept = torch.empty(rows.shape, dtype=computed(dtype), device=x.device) if return_residual else None
-    x_scales, permutation, factor = None, form.permutation, 1.0
+    x_scales, factor = None, 1.0
     if columns == 0:  # no scale to read either
-        form, permutation = Form("dense", form.shape, form.values), None
-    elif form.rounding or norm != "none" or residual is not None or (permutation is not None and count > FEW):
+        form = Form("dense", form.shape, form.values)
+    elif form.rounding or norm != "none" or residual is not None or form.permutation is not None:
         held = _held(form, rows, norm, residual)
         rows, x_scales = prepared(
             rows, norm=norm, gain=gain, shift=shift, residual=residual, eps=eps, keep=kept, rounding=form.rounding,
-            group=form.x_group, scale=form.input_scale, permutation=permutation, dtype=held,
+            group=form.x_group, scale=form.input_scale, permutation=form.permutation, dtype=held,
         )  # fmt: skip
-        permutation = None
         factor = 4.0 if held == torch.float8_e4m3fnuz else 1.0  # the values of both sides are halved
     if count >= MANY and form.kind != "dense" and columns >= LEAST_COLUMNS and _dense_pays(form, rows.dtype):
         values, scales = dequantized(form, rows.dtype)
         form = Form("dense", form.shape, values, scales)
     _multiply(
-        rows, form, y, x_scales=x_scales, permutation=permutation, factor=factor, bias=bias, activation=activation,
-        gated=gated,
+        rows, form, y, x_scales=x_scales, factor=factor, bias=bias, activation=activation, gated=gated,
     )  # fmt: skip
     y = rounded(y, dtype).view(*x.shape[:-1], y.shape[1])
     return y, kept if kept is None else rounded(kept, dtype).view(x.shape)
@@ -88,28 +84,24 @@ def _dense_pays(form, dot):
 
 
 def _held(form, rows, norm, residual):
-    """The dtype of rows made ready: what the matrix unit multiplies, and holds their values exactly if they are rounded."""
+    """The dtype of rows made ready: one that the matrix unit multiplies, and that holds rounded values exactly."""
     if form.rounding == "int8":  # half a tile of 32 columns is less than an int8 instruction takes
         return torch.float16 if form.group == 32 and form.kind == "int4" else torch.int8
     if form.rounding == "fp8":
-        return (rows.dtype == torch.bfloat16 and _fp8(rows.device.index)) or torch.float16
+        return (rows.dtype == torch.bfloat16 and _fp8(chip_of(rows))) or torch.float16
     if norm == "none" and residual is not None and rows.dtype == torch.float16:
         return torch.float32  # the sum may be beyond float16
     return rows.dtype
 
 
-@functools.cache
-def _fp8(index):
-    """The e4m3 that this GPU's matrix unit multiplies, or None.  Its sums are too coarse for wider outputs than bfloat16."""
-    if torch.version.hip:
-        chip = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
-        if chip == "gfx942":
-            return torch.float8_e4m3fnuz
-        return torch.float8_e4m3fn if chip == "gfx950" or chip.startswith("gfx12") else None
-    return torch.float8_e4m3fn if torch.cuda.get_device_capability(index) >= (8, 9) else None
+def _fp8(chip):
+    """The e4m3 that this chip's matrix unit multiplies, or None.  Its sums are too coarse for more than bfloat16."""
+    if chip.arch == "gfx942":
+        return torch.float8_e4m3fnuz
+    return torch.float8_e4m3fn if chip.fp8 else None
 
 
-def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, gated):
+def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     (rows, columns), features, device = x.shape, form.shape[0], x.device
     kind, group, values = form.kind, form.group, form.values
     if kind == "fp8" and x.dtype != torch.float8_e4m3fn:
@@ -121,37 +113,37 @@ def _multiply(x, form, y, *, x_scales, permutation, factor, bias, activation, ga
     known = {"kind": kind, "dot": x.dtype, "group": group}
     if rows <= FEW and (INTERPRETED or x.dtype != torch.float32):
         choice = choose(
-            "product_few", device, tiles_few(features, columns, kind, group, gpu(device.index)),
+            "product_few", device, tiles_few(features, columns, kind, group, chip_of(x)),
             **known, features=features, columns=columns,
         )  # fmt: skip
         choice = choice | {"WIDE": min(choice["WIDE"], group or choice["WIDE"])}
         split, even = choice["SPLIT"], columns % (choice["SLICES"] * choice["WIDE"]) == 0
         parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
         launch(
-            multiply_few, (triton.cdiv(features, choice["BLOCK_N"]), split), x,
-            x, permutation, x_scales, values, form.scales, form.zeros, bias, y, parts,
+            multiply_few, (blocks(features, choice["BLOCK_N"]), split), x,
+            x, x_scales, values, form.scales, form.zeros, bias, y, parts,
             rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even, **common, **choice,
         )  # fmt: skip
         _finish(parts, bias, y, activation, gated)
         return
     choice = choose(
-        "product", device, tiles(rows, features, columns, kind, x.dtype, group, gpu(device.index)),
+        "product", device, tiles(rows, features, columns, kind, x.dtype, group, chip_of(x)),
         **known, rows=power(rows), features=features, columns=columns,
     )  # fmt: skip
     if group and not _foldable(form, x.dtype, columns):
         choice = choice | {"BLOCK_K": min(choice["BLOCK_K"], group)}
     left, right = x, values
-    if choice["TMA"] and not gated and permutation is None and _describable(x, values):
+    if choice["TMA"] and not gated and _describable(x, values):
         packed = 2 if kind in ("int4", "mxfp4") else 1
         left = TensorDescriptor.from_tensor(x, [choice["BLOCK_M"], choice["BLOCK_K"]])
         right = TensorDescriptor.from_tensor(values, [choice["BLOCK_N"], choice["BLOCK_K"] // packed])
     choice = choice | {"TMA": left is not x}
     split = choice["SPLIT"]
     parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
-    grid = (triton.cdiv(rows, choice["BLOCK_M"]) * triton.cdiv(features, choice["BLOCK_N"]), split)
+    grid = (blocks(rows, choice["BLOCK_M"]) * blocks(features, choice["BLOCK_N"]), split)
     launch(
         multiply, grid, x,
-        left, permutation, x_scales, right, form.scales, form.zeros, bias, y, parts,
+        left, x_scales, right, form.scales, form.zeros, bias, y, parts,
         rows, features, columns, x.stride(0), values.stride(0),
         EVEN=columns % choice["BLOCK_K"] == 0, **common, **choice,
     )  # fmt: skip
@@ -163,13 +155,13 @@ def _finish(parts, bias, y, activation, gated):
     if parts is not None:
         split, rows, features = parts.shape
         launch(
-            finish, (triton.cdiv(features, 256), rows), y, parts, bias, y, rows, features,
+            finish, (blocks(features, 256), rows), y, parts, bias, y, rows, features,
             ACTIVATION=activation, GATED=gated, SPLIT=split, BLOCK_N=256, num_warps=2,
         )  # fmt: skip
 
 
 def _unpacks_in_ptx(form, dot):
-    if INTERPRETED or torch.version.hip:
+    if not chip_of(form.values).arch.startswith("sm_"):
         return False
     return dot in (torch.bfloat16, torch.float16) or (dot == torch.int8 and form.kind == "int4" and form.zeros is None)
 

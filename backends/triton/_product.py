@@ -9,9 +9,9 @@
               │    │    │    │
                                               then: scales of rows, bias, activation, one rounding, store
 
-Few rows: the time goes to the weight's bytes, and SPLIT programs share the columns of a tile, so that enough of them are
-in flight; each stores its sum in float32, and `_finish` adds them in their order.  Many rows: one program a tile, tiles
-in an order that keeps a band of weights in L2.
+Tiles come in an order that keeps a band of weights in L2.  Where they are too few for the GPU, SPLIT programs share
+the columns of a tile; each stores its sum in float32, and `finish` adds them in their order.  Up to 16 rows have a
+kernel of their own, _few.py.
 
 Two nibbles a byte are two products, of the even columns and of the odd ones: no byte is moved to unpack.
 """
@@ -23,33 +23,31 @@ from ._codes import bytes_, nibbles, scales_of
 from ._epilogue import features_of, store
 from ._ptx import pairs
 
-FEW = tl.constexpr(32)  # rows of a tile up to which every program reads all of them
-
 
 @triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
 def multiply(
-    x, permutation, x_scales, weight, scales, zeros, bias, y, parts,
+    x, x_scales, weight, scales, zeros, bias, y, parts,
     rows, features, columns, x_row, weight_row,
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
     FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """
-    x             [rows, columns], unit stride along a row; in DOT where its values were rounded to 8 bits
-    permutation   int32 [columns]: which column of x a stored column of the weight belongs to; or None
+    x             [rows, columns], unit stride along a row, in the order of the weight's stored columns; its values in
+                  DOT, if they were rounded to 8 bits
     x_scales      float32 [rows, columns / 128] where X_GROUPED, else [rows]; None where x was not rounded
     weight        [features, columns], nibbles: [features, ceil(columns / 2)] uint8; unit stride along a row
     scales        [ceil(features / SCALE_ROWS), ceil(columns / GROUP)], where GROUP is 0 [features]; None: dense
     zeros         like scales; None where the scheme is symmetric
     y             [rows, features], contiguous; where SPLIT > 1, parts float32 [SPLIT, rows, features]
-    PTX           unpack nibbles by NVIDIA's own instructions; DOT is bfloat16 or float16
+    PTX           unpack nibbles by NVIDIA's own instructions: _ptx.pairs
     TMA           x and weight are tensor descriptors of those arrays, with a tile of this kernel as their block
     FACTOR        what every product is multiplied by besides
     """
     tile_m, tile_n = _tile(rows, features, BLOCK_M, BLOCK_N, BAND)
     share = tl.program_id(1)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = (row < rows)[:, None]
     feature = features_of(tile_n, features, GATED, BLOCK_N)
     safe_row = tl.where(row < rows, row, 0).to(tl.int64)
     safe_feature = tl.where(feature < features, feature, 0)
@@ -68,7 +66,6 @@ def multiply(
     ZEROS: tl.constexpr = zeros is not None
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
-    odd_sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
     begin = share * length
     end = tl.minimum(begin + length, columns)
@@ -82,11 +79,12 @@ def multiply(
         if TMA:
             a = x.load([tile_m * BLOCK_M, start])
         else:
-            a = _activations(x_rows, permutation, there, column, columns, EVEN, BLOCK_M <= FEW)
+            a = loaded(x_rows + column[None, :], column[None, :], columns, EVEN)
         # Read a pass early; after the first, most lie in a line of L1 that an earlier group brought.
         next_scale = _scales_at(scales, scale_at, start + BLOCK_K, columns, KIND, GROUP if AFTER else 0)
         next_x_scale = _x_scales_at(x_group, safe_row, start + BLOCK_K, columns, GROUP)
         next_zero = _zeros_at(zeros, scale_at, feature, start + BLOCK_K, columns, GROUP)
+        spread = zero[:, None]
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
             if TMA:
@@ -95,24 +93,19 @@ def multiply(
                 codes = loaded(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
             even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
             if PTX:
-                low, high = pairs(codes, zero[:, None], ZEROS, KIND, DOT)
+                low, high = pairs(codes, spread, ZEROS, KIND, DOT)
             else:
-                low, high = nibbles(codes, zero[:, None], ZEROS, KIND, DOT), nibbles(codes >> 4, zero[:, None], ZEROS, KIND, DOT)
+                low, high = nibbles(codes, spread, ZEROS, KIND, DOT), nibbles(codes >> 4, spread, ZEROS, KIND, DOT)
             if FOLD:
                 fold = _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT)
                 low, high = _folded(low, fold), _folded(high, fold)
-            if AFTER:
-                part = _dot(even, low, None) + _dot(odd, high, None)
-            elif BLOCK_M <= FEW:  # two sums: a matrix instruction waits for the last one on the same sum
-                part, odd_sums = _dot(even, low, sums), _dot(odd, high, odd_sums)
-            else:
-                part = _dot(odd, high, _dot(even, low, sums))
+            part = _dot(odd, high, _dot(even, low, None if AFTER else sums))
         else:
             if TMA:
                 codes = weight.load([tile_n * BLOCK_N, start])
             else:
                 codes = loaded(weight_rows + column[None, :], column[None, :], columns, EVEN)
-            b = bytes_(codes, zero[:, None], ZEROS, KIND, DOT)
+            b = bytes_(codes, spread, ZEROS, KIND, DOT)
             if FOLD:
                 b = _folded(b, _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
             part = _dot(a.to(DOT), b, None if AFTER else sums)
@@ -129,7 +122,7 @@ def multiply(
             sums = part
         scale, zero, x_scale = next_scale, next_zero, next_x_scale
 
-    z = (sums + odd_sums).to(tl.float32) * FACTOR
+    z = sums.to(tl.float32) * FACTOR
     if scales is not None and GROUP == 0:
         z *= scales_of(tl.load(scales + safe_feature), KIND)[None, :]
     if x_scales is not None and not X_GROUPED:
@@ -170,30 +163,7 @@ def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl
 @triton.jit
 def loaded(at, index, count, EVEN: tl.constexpr):
     """What lies at `at`, and 0 past the end.  EVEN: tiles do not reach past it."""
-    if EVEN:
-        found = tl.load(at)
-    else:
-        found = tl.load(at, mask=index < count, other=0.0)
-    return found
-
-
-@triton.jit
-def _activations(
-    x_rows, permutation, there, column, columns, EVEN: tl.constexpr, SHARED: tl.constexpr
-):  # fmt: skip
-    """x [BLOCK_M, BLOCK_K], in the order of stored columns.
-
-    SHARED: few rows, which programs beside this one read too: through L1, and only those that are there.
-    """
-    source = column
-    if permutation is not None:
-        source = loaded(permutation + column, column, columns, EVEN)
-    if SHARED:
-        inside = there if EVEN else there & (column < columns)[None, :]
-        a = tl.load(x_rows + source[None, :], mask=inside, other=0.0, cache_modifier=".ca")
-    else:
-        a = loaded(x_rows + source[None, :], column[None, :], columns, EVEN)
-    return a
+    return tl.load(at) if EVEN else tl.load(at, mask=index < count, other=0.0)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Two nibbles at a time on NVIDIA: what _codes.py says, in a quarter of the instructions.
 
 Four bytes become eight numbers of 16 bits.  An integer q below 16 in the last bits of a number whose unit is 1 (128 in
-bfloat16, 1024 in float16) adds q to it; an e2m1 number in the bits across exponent and fraction is itself, times a power
-of two.  So the work is to spread the bytes, mask, and one multiply-add.
+bfloat16, 1024 in float16) adds q to it; an e2m1 number across exponent and fraction is itself, times a power of two.
+So the work is to spread the bytes, to mask, and one multiply-add.
 """
 
 import triton
@@ -39,10 +39,11 @@ def _integers(kind, one, base):
 
 
 def _e2m1(kind, shift, mask, factor):
-    """Sign to the top, exponent and fraction `shift` up; times `factor`, two more than what the exponent's bias is off."""
+    """Sign to the top, exponent and fraction `shift` up; times `factor`, which makes up for the bias, and doubles."""
     lines = [f".reg .b32 factor, zero; mov.b32 factor, {factor}; mov.b32 zero, 0x80008000;"]
     for source, target, out in (("near", "near_high", "$0"), ("far", "far_high", "$1")):
-        lines += _spread_sign(source, target, 12, shift, mask) + [f"fma.rn.{kind} {out}, {target}, factor, zero;"]
+        lines += _spread_sign(source, target, 12, shift, mask)
+        lines += [f"fma.rn.{kind} {out}, {target}, factor, zero;"]
     for source, target, out in (("near", "near_high", "$2"), ("far", "far_high", "$3")):
         lines += _spread_sign(source, target, 8, shift - 4, mask)
         lines += [f"fma.rn.{kind} {out}, {target}, factor, zero;"]

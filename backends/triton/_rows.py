@@ -8,14 +8,13 @@ A row of at most ONE_PASS columns stays in registers from its load to its store;
 and once more for the store, then mostly from cache.  A group of columns with a scale of its own is a row of its own.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from ._chip import chip_of
 from ._codes import e4m3
-from ._launch import INTERPRETED, launch, power, readable
+from ._launch import INTERPRETED, blocks, launch, power, readable
 from ._tuned import choose
 
 ONE_PASS = 16384  # columns; float32 in registers of 16 warps
@@ -46,25 +45,21 @@ def prepared(
         norm, gain, shift, residual, keep = "none", None, None, None, None
     x, residual, gain, shift = (readable(part) for part in (x, residual, gain, shift))
     rows, width = x.shape
-    groups = triton.cdiv(width, group) if group else 1
+    groups = blocks(width, group) if group else 1
     y = torch.empty((rows, width), dtype=dtype, device=x.device)
+    chip = chip_of(x)
+    native = chip.fp8 and not chip.amd  # converts float32 to e4m3 itself
     scales = torch.empty((rows, groups), dtype=torch.float32, device=x.device) if rounding else None
     wide = group or width
     tiles = choose("rows", x.device, _tiles(rows * groups, wide), dtype=x.dtype, width=power(wide), norm=norm)
     launch(
-        _prepare, (triton.cdiv(rows * groups, tiles["ROWS"]),), x,
+        _prepare, (blocks(rows * groups, tiles["ROWS"]),), x,
         x, residual, gain, shift, scale, permutation,
-        y.view(torch.uint8) if dtype == torch.float8_e4m3fn and not converts(x.device.index) else y, keep, scales,
+        y.view(torch.uint8) if dtype == torch.float8_e4m3fn and not native else y, keep, scales,
         rows * groups, width, groups, *x.stride(), *((0, 0) if residual is None else residual.stride()), eps,
         NORM=norm, GROUP=group, ROUNDING=rounding or "none", ONE=tiles["BLOCK"] >= wide, **tiles,
     )  # fmt: skip
     return y, scales
-
-
-@functools.cache
-def converts(index):
-    """Whether this GPU converts float32 to e4m3."""
-    return not (INTERPRETED or torch.version.hip) and torch.cuda.get_device_capability(index) >= (8, 9)
 
 
 def _tiles(rows, width):
@@ -101,7 +96,7 @@ def _prepare(
         residual_rows = residual + (row * residual_row)[:, None]
     longest = GROUP if GROUP else width
 
-    s = 0.0
+    s = tl.zeros([1, 1], tl.float32)
     if ONE:
         column = tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (column < own)

@@ -56,7 +56,7 @@ def _form(weight):
         scale_rows=scheme.group if scheme.granularity == "block" else 1,
         tops=_tops(weight) if scheme.group else None,
         rounding=scheme.activation,
-        x_group=scheme.activation_group,
+        x_group=scheme.activation_group if scheme.activation else 0,
         input_scale=weight.input_scale,
     )
 

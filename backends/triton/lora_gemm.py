@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRETED, computed, launch, power, readable, refuse_device
+from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device
 from ._tuned import choose
 
 TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
@@ -36,7 +36,7 @@ def run(y, x, a, b, adapters, scales):
     tiles = dict(choose("lora_gemm", x.device, _tiles(rows, columns, rank), **kind))
     split, block_m, block_r = tiles.pop("SPLIT"), tiles["BLOCK_M"], power(rank, 16)
     hidden = torch.empty((split, rows, rank), dtype=torch.float32, device=x.device)
-    tiles_m = triton.cdiv(rows, block_m)
+    tiles_m = blocks(rows, block_m)
     block_k, block_n = tiles.pop("BLOCK_K"), tiles.pop("BLOCK_N")
     launch(
         _shrink, (tiles_m, split), x,
@@ -44,7 +44,7 @@ def run(y, x, a, b, adapters, scales):
         SPLIT=split, BLOCK_R=block_r, BLOCK_K=block_k, **tiles,
     )  # fmt: skip
     launch(
-        _expand, (tiles_m, triton.cdiv(outputs, block_n)), x,
+        _expand, (tiles_m, blocks(outputs, block_n)), x,
         hidden, b, adapters, scales, target, rows, outputs, rank, count, *b.stride(), *target.stride(),
         SPLIT=split, BLOCK_R=block_r, BLOCK_N=block_n, **tiles,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def _tiles(rows, columns, rank):
             "BLOCK_M": power(rows, 16, 64), "BLOCK_K": 512, "BLOCK_N": 512, "SPLIT": 2, "num_warps": 4, "num_stages": 1,
         }  # fmt: skip
     block_k = 128 if rank <= 64 else 64
-    split = power(triton.cdiv(columns, 4 * block_k), most=16 if rows <= 256 else 2)
+    split = power(blocks(columns, 4 * block_k), most=16 if rows <= 256 else 2)
     block_m = 16 if rows <= 256 else 64
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_N": 64, "SPLIT": split, "num_warps": 4, "num_stages": 3}
 
