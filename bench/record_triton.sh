@@ -10,8 +10,9 @@
 #     after         benchmarks with those tiles and peers     OUT/bench.json, OUT/roofline.png
 #
 # Copy evidence.json to llmkernels/evidence/<device>-triton.json, tuned.json to backends/triton/tuned/<device>.json and
-# bench.json to bench/results/<device>.json.  OPS="paged_attention rms_norm" limits before, tune and after.  A step that
-# fails does not keep the next ones from running; the exit code tells.
+# bench.json to bench/results/<device>.json.  OPS="paged_attention rms_norm" limits before, tune and after; after
+# MINUTES=9, for each op named or in all, tune begins with no further kind of call.  A step that fails does not keep the
+# next ones from running; the exit code tells.
 set -uo pipefail
 out=${1:?usage: bench/record_triton.sh OUT [STEP ...]}
 shift
@@ -48,7 +49,7 @@ for what in ${@:-conformance graphs before tune after}; do
             for op in ${OPS:-all}; do
                 only=()
                 if [ "$op" != all ]; then only=(--op "$op"); fi
-                step tune "$python" -m llmkernels tune --device "$device" "${only[@]}" --table "$out/tuned.json"
+                step tune "$python" -m llmkernels tune --device "$device" --minutes "${MINUTES:-9}" "${only[@]}" --table "$out/tuned.json"
             done ;;
         *) echo "no step $what; the steps are conformance graphs before tune after" && failed=1 ;;
     esac

@@ -70,7 +70,7 @@ def test_the_search_walks_to_the_fastest(tiles):
 
 def test_what_answers_wrongly_or_is_unsound_is_never_chosen(tiles):
     def seconds(t):
-        return None if t["BLOCK"] > 512 else 1 / t["BLOCK"]
+        return "too large" if t["BLOCK"] > 512 else 1 / t["BLOCK"]
 
     found = choices(tiles, seconds)["kernel | a"]
     assert found.best["BLOCK"] == 512
@@ -100,8 +100,14 @@ def test_a_kind_of_call_is_tuned_once(tiles):
     assert list(choices(tiles, lambda t: 1.0)) == ["kernel | a", "kernel | b"]
 
 
-def test_a_wrong_heuristic_is_left_to_conformance(tiles):
-    assert not choices(tiles, lambda t: None)
+def test_a_wrong_heuristic_is_told_and_not_tuned(tiles):
+    assert {one.why for one in choices(tiles, lambda t: "fails parity: y").values()} == {"fails parity: y"}
+
+
+def test_what_is_wrong_now_and_then_is_wrong(tiles):
+    times = iter([1.0, 0.5])
+    (found, *_) = choices(tiles, lambda t: next(times, "fails parity: y")).values()
+    assert found.why == "not always right: fails parity: y"
 
 
 def test_tables_merge_and_survive_their_file(tmp_path):

@@ -24,7 +24,7 @@ from llmkernels.discovery import Unsupported, backends
 from llmkernels.settings import use
 
 Tiles = dict[str, Any]
-Clock = Callable[[Subject, Callable], float | None]  # seconds of a call, or None where its answer is wrong
+Clock = Callable[[Subject, Callable], float | str]  # seconds of a call, or why there is nothing to time
 MARGIN = 0.03  # a choice that gains less than this is noise, and stays what it was
 BUDGET = 0.05  # seconds spent on timing a candidate
 REPEATS = 5  # times that the winner and the backend's own choice are timed in turn, at the end
@@ -50,6 +50,17 @@ class Choice:
         return self.best != self.own
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A kind of call that was not tuned, because the backend's own tiles gave no right answer to time."""
+
+    key: str
+    op: str
+    dtype: str
+    case: str
+    why: str
+
+
 def module(backend: str) -> ModuleType:
     """The module that answers for the backend's tiles.  ValueError where it has none."""
     name = f"{backends()[backend]}._tuned" if backend in backends() else ""
@@ -64,7 +75,7 @@ def tune(
     seen: Callable[[str], None] = lambda text: None,
     clock: Clock | None = None,
     most: int = 40,
-) -> Iterator[Choice]:
+) -> Iterator[Choice | Skipped]:
     """The best tiles for every kernel that each call launches; a kind of call is tuned once.
 
     Args:
@@ -87,8 +98,7 @@ def tune(
             bound(subject.contract, run, subject.copy())()
         for key in [key for key in own if key not in done]:
             done.add(key)
-            if choice := _search(tuned, subject, run, key, own, seen, clock or _time, most):
-                yield choice
+            yield _search(tuned, subject, run, key, own, seen, clock or _time, most)
 
 
 def _search(
@@ -100,12 +110,12 @@ def _search(
     seen: Callable[[str], None],
     clock: Clock,
     most: int,
-) -> Choice | None:
+) -> Choice | Skipped:
     """Walk from the backend's own tiles to a neighbour that is faster, as long as there is one."""
-    times: dict[str, float | None] = {}
+    times: dict[str, float | str] = {}
     heuristic = own[key]
 
-    def took(tiles: Tiles) -> float | None:
+    def took(tiles: Tiles) -> float | str:
         name = json.dumps(tiles)
         if name not in times:
             seen(f"{key}: {name}")
@@ -114,27 +124,30 @@ def _search(
         return times[name]
 
     best, best_seconds = heuristic, took(heuristic)
-    if best_seconds is None:  # the backend's own choice is wrong here: that is for conformance to say
-        return None
+    about = (subject.contract.name, subject.dtype, subject.case)
+    if isinstance(best_seconds, str):
+        return Skipped(key, *about, best_seconds)
     moved = True
     while moved:
         moved = False
         for candidate in neighbours(best):
             if len(times) >= most or not tuned.sound(candidate, heuristic):
                 continue
-            if (t := took(candidate)) is not None and t < best_seconds * (1 - MARGIN):
+            if not isinstance(t := took(candidate), str) and t < best_seconds * (1 - MARGIN):
                 best, best_seconds, moved = candidate, t, True
-    own_seconds = times[json.dumps(heuristic)] or best_seconds
-    tried, refused = len(times), sum(t is None for t in times.values())
+    own_seconds = times[json.dumps(heuristic)]
+    tried, refused = len(times), sum(isinstance(t, str) for t in times.values())
     if best != heuristic:
         rounds = []
         for _ in range(REPEATS):  # in turn, so that a clock that drifts favours neither
             times.clear()
-            rounds.append((took(heuristic) or 0.0, took(best) or float("inf")))
-        own_seconds, best_seconds = (statistics.median(column) for column in zip(*rounds, strict=True))
+            rounds.append((took(heuristic), took(best)))
+        whole = [pair for pair in rounds if not any(isinstance(t, str) for t in pair)]
+        if len(whole) < REPEATS:  # an answer that is wrong now and then is wrong
+            return Skipped(key, *about, f"not always right: {next(t for p in rounds for t in p if isinstance(t, str))}")
+        own_seconds, best_seconds = (statistics.median(column) for column in zip(*whole, strict=True))
         if best_seconds > own_seconds * (1 - MARGIN):
             best, best_seconds = heuristic, own_seconds
-    about = (subject.contract.name, subject.dtype, subject.case)
     return Choice(key, *about, heuristic, best, own_seconds, best_seconds, tried, refused)
 
 
@@ -148,17 +161,17 @@ def neighbours(tiles: Tiles) -> Iterator[Tiles]:
             yield from (tiles | {name: step} for step in steps if step > 0)
 
 
-def _time(subject: Subject, run: Callable) -> float | None:
+def _time(subject: Subject, run: Callable) -> float | str:
     try:
         wrong, _, _ = subject.judge(subject.answers(run, subject.copy()))
         if wrong:
-            return None
+            return f"fails parity: {wrong}"
         runs = [bound(subject.contract, run, subject.copy()) for _ in range(copies(subject))]
         return seconds(runs, subject.device, BUDGET)
-    except Exception:  # tiles that do not compile, or do not fit, are no candidates
+    except Exception as error:  # tiles that do not compile, or do not fit, are no candidates
         if subject.device.startswith("cuda"):
             _raise_if_broken(subject.device)
-        return None
+        return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _raise_if_broken(device: str) -> None:

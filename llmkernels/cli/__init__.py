@@ -16,7 +16,7 @@ What --json prints is an interface; keys are added, never renamed:
                   rows: [{kernel, target, launch, ops: {op: [dtype]}, timed, registers, spills, scalar_spills, shared,
                   matrix: {instruction: count}, products, programs, occupancy, in_flight, why}]}
     tune         {table, entries, choices: [{key, op, dtype, case, own, best, own_seconds, best_seconds, tried, refused,
-                  gained}]}
+                  gained}], skipped: [{key, op, dtype, case, why}]}
     bench        {device, ceilings, rows: [{op, backend, dtype, case, seconds, limit_seconds, percent_of_limit,
                   peers: {name: seconds}, ratio_to_best_peer, dispatch_seconds, parity_error, tolerance, bytes,
                   operations, recorded}], not_timed: [{op, backend, dtype, case, why}]}

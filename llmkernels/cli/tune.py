@@ -1,6 +1,8 @@
 """`llmkernels tune`: measure which tiles are fastest on this device, into a table that the backend reads."""
 
+import time
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +13,7 @@ from llmkernels.cli.screen import console, progress, show_json
 from llmkernels.roofline import with_unit
 
 if TYPE_CHECKING:
-    from llmkernels.bench.tune import Choice
+    from llmkernels.bench.tune import Choice, Skipped
 
 
 @app.command()
@@ -25,6 +27,7 @@ def tune(
         typer.Option(exists=True, dir_okay=False, help="Tune for the calls that llmkernels.ledger.record wrote."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small calls only.")] = False,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Begin with no further kind of call after that.")] = None,
     most: Annotated[int, typer.Option(min=2, help="Candidates for a kernel and kind of call, at most.")] = 40,
     merge: Annotated[
         list[Path] | None,
@@ -61,7 +64,7 @@ def tune(
     with discovery.emulated(backend) if emulated else nullcontext():
         file = table or search.module(backend).file_of_user()
         known = search.read(file) if file.exists() else {}
-        found = []
+        found, end = [], time.monotonic() + 60 * minutes if minutes is not None else float("inf")
         if merge:
             known = search.merge([known, *(search.read(one) for one in merge)])
             search.write(file, known)
@@ -72,25 +75,38 @@ def tune(
                     bar.update(task, description=text[:100])
 
                 calls = recorded(replay, device, op, dtype) if replay else subjects(device, op, dtype, quick, seen)
+                calls = takewhile(lambda _: time.monotonic() < end, calls)
                 for choice in search.tune(backend, calls, seen, most=most):
                     found.append(choice)
                     bar.update(task, advance=1)
-                    if choice.gained:  # written at once: a candidate may yet break the device
+                    if (
+                        isinstance(choice, search.Choice) and choice.gained
+                    ):  # written at once: a candidate may yet break the device
                         known = search.merge([known, {choice.key: choice.best}])
                         search.write(file, known)
                     if not json:
                         bar.stop()  # a line printed beside a moving bar would be overwritten
                         _show(choice)
                         bar.start()
+    choices = [one for one in found if isinstance(one, search.Choice)]
+    skipped = [one for one in found if isinstance(one, search.Skipped)]
     if json:
-        rows = [asdict(choice) | {"gained": choice.gained} for choice in found]
-        show_json({"table": str(file), "entries": len(known), "choices": rows})
+        rows = [asdict(choice) | {"gained": choice.gained} for choice in choices]
+        show_json(
+            {"table": str(file), "entries": len(known), "choices": rows, "skipped": [asdict(one) for one in skipped]}
+        )
     else:
-        gained = sum(choice.gained for choice in found)
-        print(f"{file}: {len(known)} entries; {gained} of {len(found)} kinds of call became faster")
+        gained = sum(choice.gained for choice in choices)
+        print(f"{file}: {len(known)} entries; {gained} of {len(choices)} kinds of call became faster", end="")
+        print(f"; {len(skipped)} were not tuned" if skipped else "")
+        if time.monotonic() >= end:
+            print("the time was up; --op names what is to be tuned, --minutes more time")
 
 
-def _show(choice: "Choice") -> None:
+def _show(choice: "Choice | Skipped") -> None:
+    if hasattr(choice, "why"):
+        console().print(f"{choice.op:22} {choice.dtype:9} {choice.case:38} {choice.why}", markup=False, soft_wrap=True)
+        return
     times = f"{with_unit(choice.own_seconds, 's'):>8} -> {with_unit(choice.best_seconds, 's'):>8}"
     changed = ", ".join(f"{n}={v} (was {choice.own[n]})" for n, v in choice.best.items() if v != choice.own[n])
     words = f"{choice.op:22} {choice.dtype:9} {choice.case:38} {times}  {choice.key.split(' | ', 2)[-1]}: "

@@ -17,7 +17,9 @@ from llmkernels.crosscompile.chips import Chip
 
 # mma.sync; wgmma; tcgen05; MFMA and WMMA.  DMMA (float64) is nothing that kernels here want.
 MATRIX_NVIDIA = re.compile(r"\b((?:H|I|Q|O|HG|IG|QG|UTCH|UTCI|UTCQ|UTCO)MMA)[.\w]*")
-MATRIX_AMD = re.compile(r"\b(v_s?(?:mfma|wmma)(?:_scale)?_[a-z]\d+)_\d+x\d+x\d+_?([a-z]+\d+)")  # sum, then factors
+MATRIX_AMD = re.compile(
+    r"\b(v_s?(?:mfma|wmma)(?:_scale)?_[a-z]\d+)_\d+x\d+x\d+(?:_\d+b)?_?([a-z]+\d+)"
+)  # sum, then factors
 LOADS_NVIDIA = re.compile(r"\b(?:LDG|LDGSTS)\.E(?:\.[A-Z]+)*(?:\.(8|16|U8|S8|U16|S16|64|128))?[.\s]")
 LOADS_AMD = re.compile(r"\b(?:global|buffer)_load_(?:lds_)?(dwordx?\d?|b\d+|u?s?byte|u?s?short|[ui](?:8|16)|d16\w*)")
 WIDTHS_AMD = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
