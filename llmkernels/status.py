@@ -113,19 +113,22 @@ def sentence(row: Mapping[str, Any]) -> str:
 
 
 def markdown(table: Iterable[Mapping[str, Any]]) -> str:
-    """The README's table: a line per op, a column per backend; dtypes of which the same is known share a line."""
+    """The README's table: a column per backend; ops and dtypes of which the same is known share a line."""
     cells: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in _joined(table):
         cells.setdefault((row["op"], row["dtype"]), {}).setdefault(row["backend"], []).append(sentence(row))
     names = list(dict.fromkeys(name for line in cells.values() for name in line))
-    lines: dict[tuple[str, ...], list[str]] = {}
+    known: dict[tuple[str, ...], list[str]] = {}  # an op and what is known -> dtypes
     for (op, dtype), line in cells.items():
-        words = ["<br>".join(_of_chips(line.get(name, ["no kernel"]))) for name in names]
-        lines.setdefault((op, *words), []).append(dtype)
+        words = ("<br>".join(_of_chips(line.get(name, ["no kernel"]))) for name in names)
+        known.setdefault((op, *words), []).append(dtype)
+    lines: dict[tuple[str, ...], list[str]] = {}  # dtypes and what is known -> ops
+    for (op, *words), dtypes in known.items():
+        lines.setdefault((" ".join(dtypes), *words), []).append(op)
     text = [f"| op | dtypes | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for (op, *words), dtypes in lines.items():
-        said = " | ".join("—" if word == "no kernel" else word for word in words)
-        text.append(f"| `{op}` | {' '.join(dtypes)} | {said} |")
+    for (kinds, *told), ops in lines.items():
+        said = " | ".join("—" if word == "no kernel" else word for word in told)
+        text.append(f"| {' '.join(f'`{op}`' for op in ops)} | {kinds} | {said} |")
     return "\n".join(text)
 
 
