@@ -11,8 +11,8 @@ LLMKERNELS_VLLM, which child processes inherit, decides what it does:
     checked     the same, and page ids, lengths and slots are read and checked before each call: to find a bug
 
 - On vLLM's CPU platform that is all (ran: vLLM 0.32 on CPU, `make test-vllm`).
-- FP8 caches (--kv-cache-dtype fp8) run there too, to the contract's rounding; vLLM's own CPU kernel rounds otherwise, so
-  greedy tokens differ from its.
+- FP8 caches (--kv-cache-dtype fp8) run there too, rounded as the contract says; vLLM's own CPU kernel rounds otherwise,
+  so that greedy tokens differ.
 - On CUDA choose the backend too: `--attention-backend CUSTOM`.  Unverified: it never ran there.
 - RMSNorm is registered as provider "llmkernels" of vLLM's IR ops rms_norm and fused_add_rms_norm; vLLM's own option
   chooses it: `--ir-op-priority '{"rms_norm": ["llmkernels"], "fused_add_rms_norm": ["llmkernels"]}'`.
