@@ -38,6 +38,7 @@ def compile_(
     load: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Compile nothing: show this report.")
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Of --load, print the table of docs/triton.md.")] = False,
     keep: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report there.")] = None,
     record: Annotated[
         Path | None,
@@ -60,6 +61,9 @@ def compile_(
     wanted = [chips.find(name) for name in target or chips.CHIPS]
     if load:
         rows = [row for row in kept.read(load)["rows"] if row["target"] in [chip.name for chip in wanted]]
+        if markdown:
+            print(kept.markdown(rows, [chip.name for chip in wanted]))
+            return
         told = _sentences([(one, what) for one in rows for what in kept.faults(one)])
         show_json({"rows": rows}) if json else _show(rows, wanted, told, f"{len(rows)} specialisations, as kept,")
         return

@@ -95,6 +95,26 @@ def report(backend: str, rows: Iterable[Mapping[str, Any]], problems: Iterable[s
     }
 
 
+def markdown(rows: Iterable[Mapping[str, Any]], chips: Iterable[str]) -> str:
+    """The table of docs/triton.md: what limits each kernel in the calls of the benchmarks, by what was compiled."""
+    timed, chips = [one for one in rows if one["timed"] and one["registers"]], list(chips)
+    lines = [f"| kernel | {' | '.join(chips)} |", "|---|" + "---|" * len(chips)]
+    for kernel in sorted({one["kernel"] for one in timed}):
+        cells = [_limits([one for one in timed if (one["kernel"], one["target"]) == (kernel, chip)]) for chip in chips]
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _limits(rows: list[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    share = min(100 * one["in_flight"] / CHIPS[one["target"]].in_flight_needed for one in rows)
+    words = [f"{share:.0f} %", f"{100 * min(one['occupancy'] for one in rows):.0f} %"]
+    words += [" ".join(sorted({name for one in rows for name in one["matrix"]}))]
+    words += [f"spills {max(one['spills'] for one in rows)}" if any(one["spills"] for one in rows) else ""]
+    return ", ".join(word for word in words if word)
+
+
 def evidence(backend: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """For `llmkernels status`: how many launches of each op and dtype were compiled for each chip."""
     counts: dict[tuple[str, str, str], dict[str, int]] = {}
