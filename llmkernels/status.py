@@ -104,7 +104,7 @@ def sentence(row: Mapping[str, Any]) -> str:
     words = f"{row['evidence']}{place}{row['device']}" if place else str(row["evidence"])
     if not row["passed"] or not (row["refused"] or row["failed"]):
         return words
-    counted = "kinds of launch within limits" if row["evidence"] == "compiled" else "cases"
+    counted = "kinds" if row["evidence"] == "compiled" else "cases"
     return f"{words} ({row['passed']} of {sum(row[name] for name in COUNTS)} {counted})"
 
 
