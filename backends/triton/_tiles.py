@@ -46,13 +46,15 @@ def tiles_few(features, columns, kind, group, chip):
     wide = (64 if kind == "dense" else 128) // (1 if large or INTERPRETED else 2)
     wide = min(wide, group or wide)
     deep = columns >= 8192  # long shares hide what it costs to add them
-    block_n = 32 if deep else 64 if features >= 64 * chip.processors else 16
+    short = wide < 64  # slices of a small group: more features and stages, so that as many bytes are on their way
+    block_n = 64 if short or features >= 64 * chip.processors else 16
+    block_n = 32 if deep else block_n
     block_n = 128 if INTERPRETED else min(block_n, 64 if large else 32)
     wanted = chip.processors * (2 if deep else 1)
     return {
         "BLOCK_N": block_n, "WIDE": wide, "SLICES": 4,
         "SPLIT": _split(blocks(features, block_n), wanted, columns, 4 * wide),
-        "num_warps": 4, "num_stages": 3 if large else 2,
+        "num_warps": 4, "num_stages": 2 if not large else 4 if short else 3,
     }  # fmt: skip
 
 
