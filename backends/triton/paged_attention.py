@@ -95,7 +95,9 @@ def _tiles(chip, itemsize, cached, rows, dim, v_dim, page):
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
         block = 32 if wide <= 128 else 16
-        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 8, "num_stages": 1}
+    if chip.rdna:
+        return {"BLOCK_M": power(rows, 16, 32), "BLOCK_N": 16, "num_warps": 4 if rows <= 16 else 8, "num_stages": 1}
     if rows <= 64 or wide > 256:  # decode: bytes in flight matter
         block_m = power(rows, 16, 64 if wide <= 256 else 16)
         if chip.amd:
@@ -117,7 +119,7 @@ def _tiles(chip, itemsize, cached, rows, dim, v_dim, page):
             "num_warps": 8,
             "num_stages": 5 if wide <= 128 else 3,
         }
-    return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
 def _shares(chip, tiles, programs, keys, bytes_each):
