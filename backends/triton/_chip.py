@@ -51,4 +51,4 @@ def _chip(index):
         arch = known.gcnArchName.partition(":")[0]
         return Chip(arch, known.multi_processor_count, (160 if arch == "gfx950" else 64) << 10)
     arch = f"sm_{known.major}{known.minor}"
-    return Chip(arch, known.multi_processor_count, known.shared_memory_per_block_optin)
+    return Chip(arch, known.multi_processor_count, known.shared_memory_per_block_optin)  # type: ignore[attr-defined]
