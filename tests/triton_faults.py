@@ -107,14 +107,14 @@ FAULTS = {
     ),
     # quantized_gemm, norm_linear_activation: _product.py, _codes.py, _epilogue.py
     "weights read with the stride of columns": product(
-        "safe_feature.to(tl.int64) * weight_row", "safe_feature.to(tl.int64) * columns", "w4a16"
+        "safe_feature.to(tl.int64) * weight_row", "safe_feature.to(tl.int64) * columns", ""
     ),
     "a column past the end is stored": Fault(
         "_epilogue", "(column < width)", "(column < width + 1)", "quantized_gemm", ("",)
     ),
-    "the scale of another group": product("// GROUP", "// (2 * GROUP)", "w4a16"),
-    "a share of the columns ends too early": product(
-        "tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K", "(tl.cdiv(columns, BLOCK_K) // SPLIT) * BLOCK_K", ""
+    "the scale of another group": product("// GROUP", "// (2 * GROUP)", ""),
+    "a share of the columns begins a block too late": product(
+        "begin = share * length", "begin = share * (length + BLOCK_K)", ""
     ),
     "few rows: nibbles in the wrong order": Fault(
         "_few", "tl.dot(odd, high", "tl.dot(even, high", "quantized_gemm", ("w4a16",)
