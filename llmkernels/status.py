@@ -108,7 +108,7 @@ def sentence(row: Mapping[str, Any]) -> str:
     words += f": {row[ISA]}" if place and row[ISA] else ""
     if not row["passed"] or not (row["refused"] or row["failed"]):
         return words
-    counted = "kinds of launch within limits" if row["evidence"] == "compiled" else "cases"
+    counted = "kinds" if row["evidence"] == "compiled" else "cases"
     return f"{words} ({row['passed']} of {sum(row[name] for name in COUNTS)} {counted})"
 
 

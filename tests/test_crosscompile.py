@@ -53,6 +53,14 @@ def test_what_is_worse_than_before():
     assert not list(record.worse([row(registers=100)], kept | {"triton": "another"}))
 
 
+def test_a_known_spill_must_not_grow():
+    kept = {"triton": record.version(), "rows": [row(spills=9)]}
+    assert not list(record.faults(row(spills=9), record.spilled(kept)))
+    assert list(record.faults(row(spills=10), record.spilled(kept)))
+    assert list(record.faults(row(spills=9, launch="another"), record.spilled(kept)))
+    assert list(record.faults(row(spills=9), record.spilled(kept | {"triton": "another"})))
+
+
 def test_occupancy_is_the_smallest_of_registers_waves_and_shared_memory():
     assert find("sm_90").occupancy(registers=32, shared=0, warps=4) == 16
     assert find("sm_90").occupancy(registers=255, shared=0, warps=4) == 2
@@ -132,11 +140,17 @@ def compile_(*arguments, **environment):
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the calls of benchmarks are kept: drawing their numbers takes seconds."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @needs_triton
-def test_a_kernel_for_both_vendors(tmp_path):
+def test_a_kernel_for_both_vendors(cache, tmp_path):
     """silu_and_mul has no product: no matrix instruction is missed, and nothing spills."""
     arguments = ["--op", "silu_and_mul", "--target", "sm_90", "--target", "gfx942", "--most", "1", "--json"]
-    done = compile_(*arguments, "--cache", str(tmp_path), "--record", str(tmp_path / "evidence.json"))
+    done = compile_(*arguments, "--cache", str(cache), "--record", str(tmp_path / "evidence.json"))
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads(done.stdout)
     assert not report["problems"]
@@ -175,9 +189,9 @@ assert "did not end" in slow.why, slow
 
 
 @needs_triton
-def test_what_does_not_compile_or_never_ends_is_told(tmp_path):
+def test_what_does_not_compile_or_never_ends_is_told(cache):
     done = subprocess.run(
-        [sys.executable, "-c", PLANTED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PLANTED, str(cache)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -55,9 +55,7 @@ FAULTS = {
     "a share ends a block too early": attention(
         "tl.minimum(begin + mine * BLOCK_N, hi)", "tl.minimum(begin + (mine - 1) * BLOCK_N, hi)", "long decode"
     ),
-    "a tile belongs to the sequence after it": attention(
-        "+ middle <= tile", "+ middle <= tile + 1", "prefill", "mixed"
-    ),
+    "a tile belongs to the sequence after it": attention("begins <= tile", "begins <= tile + 1", "prefill", "mixed"),
     "every tile begins at the first token": attention(
         "(tile - (begin_token // TOKENS + seq)) * TOKENS", "0 * TOKENS", "long prefill", "prefill"
     ),
@@ -109,14 +107,29 @@ FAULTS = {
     ),
     # quantized_gemm, norm_linear_activation: _product.py, _codes.py, _epilogue.py
     "weights read with the stride of columns": product(
-        "safe_feature.to(tl.int64) * weight_row", "safe_feature.to(tl.int64) * columns", "w4a16"
+        "safe_feature.to(tl.int64) * weight_row", "safe_feature.to(tl.int64) * columns", ""
     ),
     "a column past the end is stored": Fault(
         "_epilogue", "(column < width)", "(column < width + 1)", "quantized_gemm", ("",)
     ),
-    "the scale of another group": product("// GROUP", "// (2 * GROUP)", "w4a16"),
-    "a share of the columns ends too early": product(
-        "tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K", "(tl.cdiv(columns, BLOCK_K) // SPLIT) * BLOCK_K", ""
+    "the scale of another group": product("// GROUP", "// (2 * GROUP)", ""),
+    "a share of the columns begins a block too late": product(
+        "begin = share * length", "begin = share * (length + BLOCK_K)", ""
+    ),
+    "few rows: nibbles in the wrong order": Fault(
+        "_few", "tl.dot(odd, high", "tl.dot(even, high", "quantized_gemm", ("w4a16",)
+    ),
+    "few rows: a slice has the scale of the next group": Fault(
+        "_few", "* WIDE) // GROUP, groups", "* WIDE) // GROUP + 1, groups", "quantized_gemm", ("w4a16",)
+    ),
+    "few rows: weights read with the stride of columns": Fault(
+        "_few", "* weight_row)", "* columns)", "quantized_gemm", ("w4a16",)
+    ),
+    "few rows: a share begins a block too late": Fault(
+        "_few", "begin = share * length", "begin = share * (length + BLOCK_K)", "quantized_gemm", ("",)
+    ),
+    "few rows: columns past the end": Fault(
+        "_few", "(column < columns)[None, :]", "(column < columns + 1)[None, :]", "quantized_gemm", ("",)
     ),
     "an adapter's rank read with the column's stride": Fault(
         "lora_gemm", "(r * a_rank)", "(r * a_column)", "lora_gemm", ("",)
@@ -137,7 +150,7 @@ FAULTS = {
     "the second band of tiles is the first": product("band = index // (BAND * tiles_n)", "band = index * 0", ""),
     "tiles of features in the order of rows": product("within // height", "within % height", ""),
     "the last share is not added": product("tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", ""),
-    "nibbles in the wrong order": product("low, high = nibbles(", "high, low = nibbles(", "w4a16"),
+    "nibbles in the wrong order": product("_dot(odd, high, _dot(even, low", "_dot(even, high, _dot(odd, low", ""),
     "the symmetric zero point is 7": Fault(
         "_codes", "low.to(tl.int8) - 8", "low.to(tl.int8) - 7", "quantized_gemm", ("w4a16",)
     ),

@@ -3,8 +3,9 @@
 A program of `attend` takes a tile of queries of one sequence, one KV head, and one share of the keys they see.
 
     rows of the tile      token 0 head 0 .. HEADS-1 | token 1 head 0 .. HEADS-1 | ...
-    keys                  lo .......... mid .............. hi
-                          all rows see   some rows see
+    keys                  lo ......... left_edge ......... right_edge ......... hi
+                          phase 0:     phase 1: all       phase 2:
+                          some see     rows see           some see
 
 The heads that share a KV head lie in one tile with their token, so that one new token already fills a matrix
 instruction: decode, prefill and everything between run the same code.  Tiles are counted before anybody has read a
@@ -69,23 +70,20 @@ def attend(
     if DIM > DIM_A:
         q_b = tl.load(q_row[:, None] + channel_b, mask=real[:, None] & (channel_b < DIM), other=0.0)
 
-    # lo and hi: keys that some row sees, all of them; below full every row sees all from lo on.
-    last = tl.minimum(first + TOKENS, new) - 1
-    lo, hi, full = 0, length, length
+    first_position, last_position = length - new + first, length - new + tl.minimum(first + TOKENS, new) - 1
+    lo, hi, full_lo, full_hi = 0, length, 0, length  # what some row sees, and what every row sees
     if LEFT:
-        lo = tl.maximum(length - new + first - left, 0)
+        lo, full_lo = tl.maximum(first_position - left, 0), tl.maximum(last_position - left, 0)
     if RIGHT:
-        hi = tl.minimum(length, length - new + last + right + 1)
-        full = tl.minimum(length, length - new + first + right + 1)
+        hi, full_hi = tl.minimum(length, last_position + right + 1), tl.minimum(length, first_position + right + 1)
     if TREE:
-        full = length - new
-    lo = lo // BLOCK_N * BLOCK_N  # so that a block of keys lies in one page where pages are large
-    blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N)
-    mine = tl.cdiv(blocks, tl.num_programs(2))
-    begin = lo + split * mine * BLOCK_N
-    end = tl.minimum(begin + mine * BLOCK_N, hi)
-    mid = tl.maximum(begin, tl.minimum(end, full // BLOCK_N * BLOCK_N))
-    lowest = tl.maximum(length - new + first - left, 0) if LEFT else 0
+        full_hi = length - new
+    start = lo // BLOCK_N * BLOCK_N  # so that a block of keys lies in one page where pages are large
+    share = tl.cdiv(tl.cdiv(tl.maximum(hi - start, 0), BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    begin = start + split * share
+    end = tl.minimum(begin + share, hi)
+    left_edge = tl.maximum(begin, tl.minimum(end, tl.cdiv(full_lo, BLOCK_N) * BLOCK_N))
+    right_edge = tl.maximum(left_edge, tl.minimum(end, full_hi // BLOCK_N * BLOCK_N))
 
     factor = scale
     if k_scale is not None:
@@ -97,25 +95,26 @@ def attend(
     acc = tl.zeros([BLOCK_M, V_PAD], tl.float32)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # the largest score so far
     total = tl.zeros([BLOCK_M], tl.float32)
-    for EDGE in tl.static_range(1 if LEFT else 0, 2):  # 0: every row sees every key, 1: some row does not
-        for n in tl.range(mid if EDGE and not LEFT else begin, end if EDGE else mid, BLOCK_N):
+    for PHASE in tl.static_range(0 if LEFT else 1, 3):
+        from_key = begin if PHASE == 0 else left_edge if PHASE == 1 else right_edge
+        for n in tl.range(from_key, left_edge if PHASE == 0 else right_edge if PHASE == 1 else end, BLOCK_N):
             key = n + tl.arange(0, BLOCK_N)
-            live = (key >= lowest) & (key < hi)
+            live = (key >= lo) & (key < hi)
             if ONE_PAGE:
                 page = tl.load(table + n // PAGE)
                 slot = n % PAGE + tl.arange(0, BLOCK_N)
             else:
-                page = tl.load(table + key // PAGE, mask=live, other=0) if EDGE else tl.load(table + key // PAGE)
+                page = tl.load(table + key // PAGE, mask=live, other=0) if PHASE != 1 else tl.load(table + key // PAGE)
                 slot = key % PAGE
             if WIDE:
                 page = page.to(tl.int64)
             row_offset = page * k_page + slot * k_slot
             k_row = k_start + row_offset
-            k_a = _rows(k_row, live, channel_a, k_channel, EDGE, DIM, DIM < DIM_A)
+            k_a = _rows(k_row, live, channel_a, k_channel, PHASE != 1, DIM, DIM < DIM_A)
             k_a = decoded(k_a, q.dtype.element_ty, KIND)
             scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
             if DIM > DIM_A:
-                k_b = _rows(k_row, live, channel_b, k_channel, EDGE, DIM, DIM < DIM_A + DIM_B)
+                k_b = _rows(k_row, live, channel_b, k_channel, PHASE != 1, DIM, DIM < DIM_A + DIM_B)
                 k_b = decoded(k_b, q.dtype.element_ty, KIND)
                 scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
             if not PLAIN_SCORES:
@@ -124,7 +123,7 @@ def attend(
                     scores = soft_cap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * LOG2E / soft_cap))) - 1.0)
                 if slopes is not None:
                     scores += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
-            if EDGE:
+            if PHASE != 1:
                 seen = live[None, :]
                 if LEFT:
                     seen = seen & (key[None, :] >= position[:, None] - left)
@@ -140,7 +139,7 @@ def attend(
                     seen = seen & ((guess < 0)[None, :] | (((word >> (guess & 31)[None, :]) & 1) == 1))
                 scores = tl.where(seen, scores, -float("inf"))
             above = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(above == -float("inf"), 0.0, above) if EDGE else above
+            base = tl.where(above == -float("inf"), 0.0, above) if PHASE != 1 else above
             if q.dtype.element_ty == tl.float32:
                 weights = tl.exp2((scores - base[:, None]) * unit)
             else:  # one instruction less
@@ -152,7 +151,7 @@ def attend(
                 values = k_a
             else:
                 v_row = v_start + (row_offset if SAME else page * v_page + slot * v_slot)
-                values = _rows(v_row, live, channel_v, v_channel, EDGE, V_DIM, V_DIM < V_PAD)
+                values = _rows(v_row, live, channel_v, v_channel, PHASE != 1, V_DIM, V_DIM < V_PAD)
                 values = decoded(values, q.dtype.element_ty, KIND)
             acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
             top = above

@@ -20,14 +20,20 @@ class Chip(NamedTuple):
         return self.arch.startswith("gfx")
 
     @property
+    def rdna(self):
+        """AMD's waves of 32, whose matrix instructions want each operand twice in registers."""
+        return self.arch.startswith(("gfx11", "gfx12"))
+
+    @property
     def hopper(self):
-        return self.arch.startswith("sm_9") or self.arch.startswith("sm_10")
+        """Hopper or later: matrix instructions that read shared memory, and more than 200 KiB of it."""
+        return self.arch.startswith(("sm_9", "sm_10"))
 
     @property
     def fp8(self):
         """Whether the chip itself converts e4m3fn and e5m2.  gfx942 knows only their fnuz cousins."""
         if self.amd:
-            return self.arch == "gfx950" or self.arch.startswith("gfx12")
+            return self.arch.startswith(("gfx950", "gfx12"))
         return self.arch.startswith("sm_") and int(self.arch[3:]) >= 89
 
 
@@ -45,4 +51,4 @@ def _chip(index):
         arch = known.gcnArchName.partition(":")[0]
         return Chip(arch, known.multi_processor_count, (160 if arch == "gfx950" else 64) << 10)
     arch = f"sm_{known.major}{known.minor}"
-    return Chip(arch, known.multi_processor_count, known.shared_memory_per_block_optin)
+    return Chip(arch, known.multi_processor_count, known.shared_memory_per_block_optin)  # type: ignore[attr-defined]

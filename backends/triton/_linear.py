@@ -20,7 +20,7 @@ from ._tuned import choose
 from ._weights import Form
 
 GATED = ("swiglu", "geglu")
-MANY = 16 if INTERPRETED else 256  # rows from which a weight is unpacked once, not in every tile of rows
+MANY = 64 if INTERPRETED else 256  # rows from which a weight is unpacked once, not in every tile of rows
 LEAST_COLUMNS = 256  # ... where roundings of its numbers average out
 FEW = 16  # rows; a tile of matrix instructions has as many
 LARGEST_SUM = 2**17 - 1  # columns of int8 x int8 that an int32 holds the sum of

@@ -39,7 +39,9 @@ def run(
     if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
         dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     rows = group * min(queries, blocks(tokens, seqs))
-    heuristic = _tiles(chip, q.element_size(), k_cache.element_size(), rows, dim, v_dim, page_size)
+    heuristic = _tiles(
+        chip, q.element_size(), k_cache.element_size(), rows, dim, v_dim, page_size, tree_mask is not None
+    )
     tiles = choose(
         "paged_attention", q.device, heuristic, dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim,
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
@@ -88,14 +90,16 @@ def run(
     return (out, lse) if return_lse else out
 
 
-def _tiles(chip, itemsize, cached, rows, dim, v_dim, page):
+def _tiles(chip, itemsize, cached, rows, dim, v_dim, page, tree):
     """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
     wide = max(dim, v_dim)
     if INTERPRETED:
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
         block = 32 if wide <= 128 else 16
-        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 8, "num_stages": 1}
+    if chip.rdna:
+        return {"BLOCK_M": power(rows, 16, 32), "BLOCK_N": 16, "num_warps": 4 if rows <= 16 else 8, "num_stages": 1}
     if rows <= 64 or wide > 256:  # decode: bytes in flight matter
         block_m = power(rows, 16, 64 if wide <= 256 else 16)
         if chip.amd:
@@ -110,6 +114,8 @@ def _tiles(chip, itemsize, cached, rows, dim, v_dim, page):
         }
     if chip.amd:
         return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
+    if tree:  # its words lie in shared memory too
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if chip.hopper:
         return {
             "BLOCK_M": 128,
@@ -117,7 +123,7 @@ def _tiles(chip, itemsize, cached, rows, dim, v_dim, page):
             "num_warps": 8,
             "num_stages": 5 if wide <= 128 else 3,
         }
-    return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
 def _shares(chip, tiles, programs, keys, bytes_each):

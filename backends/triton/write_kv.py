@@ -19,7 +19,9 @@ def refuse(k, **others):
 
 def run(k, v, k_cache, v_cache, slots, *, k_scale, v_scale):
     k_in, k_out, kind = _pair(k, k_cache)
-    v_in, v_out, _ = _pair(v, v_cache) if v is not None else (None, None, kind)
+    v_in = v_out = None
+    if v is not None:
+        v_in, v_out, _ = _pair(v, v_cache)
     k_width, v_width = k.shape[1] * k.shape[2], 0 if v is None else v.shape[1] * v.shape[2]
     block = power(max(k_width, v_width), most=8192 if INTERPRETED else 1024)
     absent = (0, 0, 0)
@@ -27,8 +29,8 @@ def run(k, v, k_cache, v_cache, slots, *, k_scale, v_scale):
         _scatter, (k.shape[0], blocks(max(k_width, v_width), block)), k, k_in, v_in, k_out, v_out,
         slots.contiguous(), k_scale if k_scale is None else k_scale.contiguous(),
         v_scale if v_scale is None else v_scale.contiguous(), k_cache.shape[0] * k_cache.shape[1], k_width, v_width,
-        *k_in.stride(), *(absent if v is None else v_in.stride()), *k_out.stride(),
-        *((*absent, 0) if v is None else v_out.stride()), _step(k_scale), _step(v_scale),
+        *k_in.stride(), *(absent if v_in is None else v_in.stride()), *k_out.stride(),
+        *((*absent, 0) if v_out is None else v_out.stride()), _step(k_scale), _step(v_scale),
         DIM=k.shape[2], V_DIM=1 if v is None else v.shape[2], PAGE=k_cache.shape[1], KIND=kind, BLOCK=block,
         num_warps=4,
     )  # fmt: skip

@@ -38,6 +38,7 @@ def compile_(
     load: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Compile nothing: show this report.")
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Of --load, print the table of docs/triton.md.")] = False,
     keep: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report there.")] = None,
     record: Annotated[
         Path | None,
@@ -47,8 +48,8 @@ def compile_(
 ) -> None:
     """Compile a backend's kernels for chips that are not here: registers, spills, shared memory, matrix instructions.
 
-    Exit code 1: a kernel that does not compile, is never launched, spills, takes too much shared memory, lacks matrix
-    instructions, or is worse than --against says.
+    Exit code 1: a kernel that does not compile, is never launched, spills more than --against knows of, takes too much
+    shared memory, lacks matrix instructions, or is otherwise worse than --against says.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; unset, Triton 3.9 warns of another to come
     from llmkernels import discovery, status
@@ -59,9 +60,15 @@ def compile_(
     discovery.check_name(backend, "--backend")
     wanted = [chips.find(name) for name in target or chips.CHIPS]
     if load:
-        rows = [row for row in kept.read(load)["rows"] if row["target"] in [chip.name for chip in wanted]]
-        told = _sentences([(one, what) for one in rows for what in kept.faults(one)])
-        show_json({"rows": rows}) if json else _show(rows, wanted, told, f"{len(rows)} specialisations, as kept,")
+        names = [chip.name for chip in wanted]
+        loaded = [row for row in kept.read(load)["rows"] if row["target"] in names]
+        if markdown:
+            print(kept.markdown(loaded, names))
+        elif json:
+            show_json({"rows": loaded})
+        else:
+            wrong = _sentences([(one, what) for one in loaded for what in kept.faults(one)])
+            _show(loaded, wanted, wrong, f"{len(loaded)} specialisations, as kept,")
         return
     if backend == discovery.REFERENCE or not launches.compiles(backend):
         raise ValueError(f"--backend is {backend!r}, which has no Triton kernels")
@@ -76,7 +83,8 @@ def compile_(
         for built in compile_all(selected, jobs, patience, cache):
             rows.append(kept.row(built))
             bar.update(task, advance=1, description=f"{built.launch.kernel} {built.launch.chip.name}")
-    told = [(one, what) for one in rows for what in kept.faults(one)]
+    known = kept.spilled(old) if old else {}
+    told = [(one, what) for one in rows for what in kept.faults(one, known)]
     told += kept.worse(rows, old) if old else []
     problems += _sentences(told)
     report = kept.report(backend, rows, problems)

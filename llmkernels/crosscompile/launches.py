@@ -81,8 +81,8 @@ class Launch:
 
     @property
     def features(self) -> set[tuple[str, Any]]:
-        """What a choice of specialisations should have at least one of each: values of constants, and types."""
-        return {*self.values.items(), *self.types.items()}
+        """What a choice of specialisations should have one of each: values of constants, types, and who asks for it."""
+        return {*self.values.items(), *self.types.items(), *(("user", user) for user in self.users)}
 
 
 def record(

@@ -28,15 +28,20 @@ def row(built: Built) -> dict[str, Any]:
     return words | {"timed": launch.timed} | numbers | {"why": built.why}
 
 
-def faults(one: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a compiled launch, whatever was kept."""
+def spilled(report: Mapping[str, Any]) -> dict[tuple[str, str, str], int]:
+    """The spills of a kept report: known ones, that must not grow.  Of another version of Triton they say nothing."""
+    return {_key(one): one["spills"] for one in report["rows"] if one["spills"] and report.get("triton") == version()}
+
+
+def faults(one: Mapping[str, Any], known: Mapping[tuple[str, str, str], int] | None = None) -> Iterator[str]:
+    """What is wrong with a compiled launch; `known` has the spills of the kept report."""
     if one["why"]:
         yield one["why"]
         return
     limit = CHIPS[one["target"]].shared_block
     if one["shared"] > limit:
         yield f"takes {one['shared']} bytes of shared memory; {one['target']} has {limit}"
-    if one["spills"]:
+    if one["spills"] > (known or {}).get(_key(one), 0):
         yield f"spills {one['spills']} registers to memory"
     if one["products"] and not one["matrix"]:
         yield f"multiplies {', '.join(one['products'])} without a matrix instruction"
@@ -93,6 +98,26 @@ def report(backend: str, rows: Iterable[Mapping[str, Any]], problems: Iterable[s
         "rows": list(rows),
         "problems": list(problems),
     }
+
+
+def markdown(rows: Iterable[Mapping[str, Any]], chips: Iterable[str]) -> str:
+    """The table of docs/triton.md: what limits each kernel in the calls of the benchmarks, by what was compiled."""
+    timed, chips = [one for one in rows if one["timed"] and one["registers"]], list(chips)
+    lines = [f"| kernel | {' | '.join(chips)} |", "|---|" + "---|" * len(chips)]
+    for kernel in sorted({one["kernel"] for one in timed}):
+        cells = [_limits([one for one in timed if (one["kernel"], one["target"]) == (kernel, chip)]) for chip in chips]
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _limits(rows: list[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    share = min(100 * one["in_flight"] / CHIPS[one["target"]].in_flight_needed for one in rows)
+    words = [f"{share:.0f} %", f"{100 * min(one['occupancy'] for one in rows):.0f} %"]
+    words += [" ".join(sorted({name for one in rows for name in one["matrix"]}))]
+    words += [f"spills {max(one['spills'] for one in rows)}" if any(one["spills"] for one in rows) else ""]
+    return ", ".join(word for word in words if word)
 
 
 def evidence(backend: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
