@@ -109,9 +109,22 @@ def refusals(backend: str, op: str, family: str, call: dict[str, Any], require: 
     arrays = package(backend).ARRAYS
     if family not in arrays:
         return [Refusal("DEVICE", f"takes {' or '.join(arrays)} arrays, not {family}", f"convert to {arrays[0]}")]
+    if elsewhere := _elsewhere(call, getattr(package(backend), "DEVICES", ())):
+        return [elsewhere]
     return [*missing_traits(backend, getattr(module, "TRAITS", {}), require)] + [
         Refusal(*reason) for reason in module.refuse(**call)
     ]
+
+
+def _elsewhere(call: dict[str, Any], devices: tuple[str, ...]) -> Refusal | None:
+    """Why a backend that lists the kinds of DEVICES it computes on cannot reach the arrays of this call."""
+    for name, value in call.items():
+        device = getattr(getattr(value, "values", value) if hasattr(value, "scheme") else value, "device", None)
+        kind = getattr(device, "type", None)  # torch's; others live where their library puts them
+        if devices and kind and kind not in devices:
+            where = " or ".join(devices)
+            return Refusal("DEVICE", f"{name} is on {device}; computes on {where}", f"move the arrays to {where}")
+    return None
 
 
 def missing_traits(backend: str, traits: dict[str, Any], require: dict[str, Any]) -> Iterator[Refusal]:

@@ -11,9 +11,12 @@ arguments that must not change, bytes of written arguments that must stay, and t
 `deterministic` is declared.
 """
 
+import multiprocessing
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -55,20 +58,49 @@ def conform(
     case: str | None = None,
     device: str = "cpu",
     emulate: bool = False,
+    jobs: int = 1,
 ) -> Iterator[Result]:
     """Every case of `op` (of all ops) in every dtype on `backend`.  `case` is a part of the names to keep.
+
+    Ops that the backend has no file for are left out; `missing` names them.
+    jobs: processes at once, each with one thread; more than one on the CPU only.  Results keep their order.
 
     Raises:
         ValueError: no such op or backend, no emulation where one is asked for, or what the backend lacks here.
     """
+    if jobs > 1 and device != "cpu":
+        raise ValueError(f"jobs is {jobs} on {device}; several processes at once are for the CPU")
     if backend != REFERENCE and not emulate and (why := absent(backend)):
         raise ValueError(f"{backend} cannot be used here: {why}")
     if emulate:
         with emulated(backend):
-            yield from conform(backend, op, dtype, case, device)
+            yield from conform(backend, op, dtype, case, device, jobs=jobs)
         return
-    for call in calls(op, dtype, case):
-        yield check(*call, backend, device)
+    without = missing(backend, op)
+    asked = [call for call in calls(op, dtype, case) if call[0].name not in without]
+    if jobs == 1:
+        for call in asked:
+            yield check(*call, backend, device)
+        return
+    if backend != REFERENCE:
+        for entry in OPS.values():  # loaded once, before the processes part
+            implementation(backend, entry.name)
+    names = [(contract.name, kind, one.name) for contract, kind, one in asked]
+    forked = multiprocessing.get_context("fork")  # keeps an emulation that is on
+    with ProcessPoolExecutor(jobs, forked, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(partial(_check_named, backend), names)
+
+
+def missing(backend: str, op: str | None = None) -> list[str]:
+    """The ops (or of `op` alone) that `backend` has no file for."""
+    asked = [get(op).name] if op else list(OPS)
+    return [] if backend == REFERENCE else [name for name in asked if implementation(backend, name) is None]
+
+
+def _check_named(backend: str, names: tuple[str, str, str]) -> Result:
+    op, dtype, case = names
+    contract = OPS[op].contract
+    return check(contract, dtype, next(one for one in contract.cases if one.name == case), backend)
 
 
 def calls(

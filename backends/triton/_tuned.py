@@ -8,12 +8,15 @@ table has for this device, this Triton and this kind of call.  Nothing is measur
 The key is made by `key`, from the device's name, Triton's version, the kernel, and the names and values that its op
 passes: dtypes, head sizes, and buckets of lengths (powers of two).  A table is one JSON object: two merge by union, a
 copy of the file pins it.  Read are, the later ones over the earlier: every backends/triton/tuned/*.json, then
-triton-tuned.json in the cache folder, or instead of it the file that LLMKERNELS_TUNED names.
+triton-tuned.json in the cache folder, or instead of it the file that LLMKERNELS_TUNED names.  A damaged file is named
+in one warning and adds nothing; nor does an entry that its kernel cannot take: the heuristic chooses.
 """
 
 import functools
 import json
 import os
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,13 +25,27 @@ import triton
 from ._launch import INTERPRETED
 
 NAME = "triton-tuned.json"
+_asked = None
 
 
 def choose(kernel, device, heuristic, **kind):
     """`heuristic`, or what the tables have for this kernel on this device and kind of call, if it is sound."""
+    if _asked:
+        return _asked(key(kernel, _name(device.index), **kind), heuristic)
     if INTERPRETED or not table():
         return heuristic
     return _merged(key(kernel, _name(device.index), **kind), tuple(heuristic.items()))
+
+
+@contextmanager
+def answered_by(function):
+    """Inside, `choose` returns function(key, heuristic): how `llmkernels tune` sees and changes what kernels choose."""
+    global _asked
+    before, _asked = _asked, function
+    try:
+        yield
+    finally:
+        _asked = before
 
 
 def key(kernel, device, **kind):
@@ -53,14 +70,20 @@ def _possible(name, value):
 
 @functools.cache
 def table():
-    """Every entry of every table; a file that is missing or damaged adds nothing."""
+    """Every entry of every table."""
     entries: dict[str, dict] = {}
     for file in (*sorted((Path(__file__).parent / "tuned").glob("*.json")), file_of_user()):
         try:
             found = json.loads(file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        except FileNotFoundError:
             continue
-        entries |= found if isinstance(found, dict) else {}
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            warnings.warn(f"{file} is no table of tuned tiles, and is not used: {error}", stacklevel=2)
+            continue
+        if isinstance(found, dict):
+            entries |= found
+        else:
+            warnings.warn(f"{file} is no table of tuned tiles, and is not used: it holds no JSON object", stacklevel=2)
     return entries
 
 
@@ -78,4 +101,4 @@ def _merged(key, heuristic):
 
 @functools.cache
 def _name(index):
-    return torch.cuda.get_device_name(index)
+    return "interpreter" if INTERPRETED else torch.cuda.get_device_name(index)

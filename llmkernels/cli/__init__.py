@@ -1,4 +1,4 @@
-"""The command line: llmkernels ops | explain | doctor | status | conformance | bench | generate.
+"""The command line: llmkernels ops | explain | doctor | status | conformance | compile | tune | bench | generate.
 
 One file per command.  Nothing but typer is imported before a command is chosen: --help must be quick, and doctor must
 answer where torch is missing.  A mistake of the user's ends in one line on stderr and exit code 2; a failed check in
@@ -9,9 +9,14 @@ What --json prints is an interface; keys are added, never renamed:
     ops          {ops: [{op, summary, shapes, dtypes, options, cases, backends}]}
     explain      {op, call, candidates: [{backend, verdict, reasons: [{code, reason, fix}]}], chosen}
     doctor       {version, python, versions, cpu, gpus, backends, plugins, build, cache, environment, problems}
-    status       {rows: [{op, backend, dtype, evidence, device, recorded, passed, failed, refused}]}
-    conformance  {backend, mode, device, passed, failed, refused,
+    status       {rows: [{op, backend, dtype, evidence, device, isa, recorded, passed, failed, refused}]}
+    conformance  {backend, mode, device, passed, failed, refused, missing: [op],
                   cases: [{op, dtype, case, verdict, error, tolerance, reasons}]}
+    compile      {backend, triton, recorded, problems,
+                  rows: [{kernel, target, launch, ops: {op: [dtype]}, timed, registers, spills, scalar_spills, shared,
+                  matrix: {instruction: count}, products, programs, occupancy, in_flight, why}]}
+    tune         {table, entries, choices: [{key, op, dtype, case, own, best, own_seconds, best_seconds, tried, refused,
+                  gained}], skipped: [{key, op, dtype, case, why}]}
     bench        {device, ceilings, rows: [{op, backend, dtype, case, seconds, limit_seconds, percent_of_limit,
                   peers: {name: seconds}, ratio_to_best_peer, dispatch_seconds, parity_error, tolerance, bytes,
                   operations, recorded}], not_timed: [{op, backend, dtype, case, why}]}
@@ -110,6 +115,16 @@ def _note(message: Any, *_: Any, **__: Any) -> None:
     print(f"llmkernels: note: {lines[0]}" + (f" ({lines[-1].strip()})" if len(lines) > 1 else ""), file=sys.stderr)
 
 
-from llmkernels.cli import bench, conformance, doctor, generate, ops, status  # noqa: E402  they register themselves
+from llmkernels.cli import (  # noqa: E402  they register themselves
+    bench,
+    compile,
+    conformance,
+    doctor,
+    generate,
+    ops,
+    serve,
+    status,
+    tune,
+)
 
-__all__ = ["app", "bench", "conformance", "doctor", "generate", "main", "ops", "status"]
+__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "serve", "status", "tune"]

@@ -1,0 +1,54 @@
+"""What follows a product: row factors, bias, activation, gate, store.  Parts of the kernels in _product.py."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    """ACTIVATION of z, float32; of the gate, where it is a gated one."""
+    if ACTIVATION == "silu" or ACTIVATION == "swiglu":
+        z = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "gelu" or ACTIVATION == "geglu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        z = z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    elif ACTIVATION == "relu":
+        z = tl.where(z < 0.0, 0.0, z)  # a NaN stays one
+    return z
+
+
+@triton.jit
+def store(
+    z, y, bias, row, feature, rows, features,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y[row, ...] = act(z + bias) for a tile z [BLOCK_M, BLOCK_N] of float32; y is contiguous.
+
+    Where GATED, even columns of the tile are gates and the odd ones beside them what they gate: `features_of`.
+    """
+    if bias is not None:
+        z += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
+    width, column = features, feature
+    if GATED:
+        gate, value = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N // 2, 2)))
+        z = activated(gate, ACTIVATION) * value
+        width = features // 2
+        column, _ = tl.split(tl.reshape(feature, (BLOCK_N // 2, 2)))
+    else:
+        z = activated(z, ACTIVATION)
+    at = y + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(at, z.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def features_of(tile, features, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The rows of the weight that a tile of outputs needs; at least `features` where there is none.
+
+    Where GATED, the weight's rows are gates [0 .. features / 2) and then what they gate: in turn one of each.
+    """
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GATED:
+        half = features // 2
+        column = tl.where(column < features, column // 2 + (column % 2) * half, features)
+    return column

@@ -1,0 +1,100 @@
+"""The product of few rows, at most 16: what takes time is the way of the weight's bytes.
+
+    y [rows, features]        a program sums all rows x BLOCK_N features over its share of the columns k
+
+        columns k ──>   SLICES of WIDE columns each, one a warp
+        ┌──────┬──────┬──────┬──────┐
+        │ 0    │ 1    │ 2    │ 3    │       each warp: its slice of x [16, WIDE] times its slice of BLOCK_N rows of the
+        └──────┴──────┴──────┴──────┘       weight, times the scales of that slice; in the end the warps' sums are added
+
+Warps share k, not features: each then unpacks the rows of x that it needs, and no others, and a group of columns with
+scales of its own is a slice.  SPLIT programs share the columns of a tile where there are too few tiles for the GPU;
+each stores its sum in float32, and _product.finish adds them in their order.
+"""
+
+import triton
+import triton.language as tl
+
+from ._codes import bytes_, nibbles, scales_of
+from ._epilogue import features_of, store
+from ._product import loaded
+from ._ptx import pairs
+
+
+@triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
+def multiply_few(
+    x, x_scales, weight, scales, zeros, bias, y, parts,
+    rows, features, columns, x_row, weight_row,
+    KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Arguments as those of _product.multiply; rows <= BLOCK_M, and WIDE divides GROUP where that is not 0."""
+    PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
+    ZEROS: tl.constexpr = zeros is not None
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DOT else tl.float32
+    BLOCK_K: tl.constexpr = SLICES * WIDE
+    share = tl.program_id(1)
+    row = tl.arange(0, BLOCK_M)
+    there = (row < rows)[:, None]
+    feature = features_of(tl.program_id(0), features, GATED, BLOCK_N)
+    safe_feature = tl.where(feature < features, feature, 0)
+    x_rows = x + (row.to(tl.int64) * x_row)[:, None]
+    weight_rows = weight + (safe_feature.to(tl.int64) * weight_row)[:, None]
+    groups = tl.cdiv(columns, GROUP) if GROUP else 1
+    scale_at = ((safe_feature // SCALE_ROWS).to(tl.int64) * groups)[None, :]
+    sums = tl.zeros([SLICES, BLOCK_M, BLOCK_N], tl.float32 if GROUP else SUM)
+    length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
+    begin = share * length
+    end = tl.minimum(begin + length, columns)
+
+    for start in range(begin, end, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = there if EVEN else there & (column < columns)[None, :]
+        a = tl.load(x_rows + column[None, :], mask=inside, other=0.0, cache_modifier=".ca").to(DOT)
+        group = tl.zeros([SLICES], tl.int32)
+        if GROUP:
+            group = tl.minimum((start + tl.arange(0, SLICES) * WIDE) // GROUP, groups - 1)
+        zero = tl.zeros([SLICES, BLOCK_N], tl.int8)
+        if ZEROS:
+            zero = tl.load(zeros + scale_at + group[:, None])
+        if PACKED:
+            half = start // 2 + tl.arange(0, BLOCK_K // 2)
+            codes = loaded(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
+            codes = tl.permute(tl.reshape(codes, (BLOCK_N, SLICES, WIDE // 2)), (1, 2, 0))
+            if PTX:
+                low, high = pairs(codes, zero[:, None, :], ZEROS, KIND, DOT)
+            else:
+                low = nibbles(codes, zero[:, None, :], ZEROS, KIND, DOT)
+                high = nibbles(codes >> 4, zero[:, None, :], ZEROS, KIND, DOT)
+            even, odd = tl.split(tl.reshape(a, (BLOCK_M, BLOCK_K // 2, 2)))
+            even = tl.permute(tl.reshape(even, (BLOCK_M, SLICES, WIDE // 2)), (1, 0, 2))
+            odd = tl.permute(tl.reshape(odd, (BLOCK_M, SLICES, WIDE // 2)), (1, 0, 2))
+            part = tl.dot(even, low, out_dtype=SUM, input_precision="ieee")
+            part += tl.dot(odd, high, out_dtype=SUM, input_precision="ieee")
+        else:
+            codes = loaded(weight_rows + column[None, :], column[None, :], columns, EVEN)
+            codes = tl.permute(tl.reshape(codes, (BLOCK_N, SLICES, WIDE)), (1, 2, 0))
+            b = bytes_(codes, zero[:, None, :], ZEROS, KIND, DOT)
+            a = tl.permute(tl.reshape(a, (BLOCK_M, SLICES, WIDE)), (1, 0, 2))
+            part = tl.dot(a, b, out_dtype=SUM, input_precision="ieee")
+            if ZEROS and tl.int8 == DOT:  # q - zero may take 9 bits
+                part -= tl.sum(a.to(tl.int32), 2)[:, :, None] * zero.to(tl.int32)[:, None, :]
+        if GROUP:
+            scale = scales_of(tl.load(scales + scale_at + group[:, None]), KIND)
+            part = part.to(tl.float32) * scale[:, None, :]
+            if X_GROUPED:
+                x_scale = x_scales + row[None, :] * groups + group[:, None]
+                part *= tl.load(x_scale, mask=(row < rows)[None, :], other=0.0)[:, :, None]
+        sums += part
+
+    z = tl.sum(sums, 0).to(tl.float32) * FACTOR
+    if scales is not None and GROUP == 0:
+        z *= scales_of(tl.load(scales + safe_feature), KIND)[None, :]
+    if x_scales is not None and not X_GROUPED:
+        z *= tl.load(x_scales + row, mask=row < rows, other=0.0)[:, None]
+    if SPLIT > 1:
+        at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
+        tl.store(at, z, mask=there & (feature < features)[None, :])
+    else:
+        store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)

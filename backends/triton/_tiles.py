@@ -1,0 +1,85 @@
+"""The tiles of _product.multiply for a kind of call, where no tuned table has better ones.
+
+Measured on an H100 (CUDA graphs, weights larger than L2 in turn).  Few rows: what counts is bytes on their way, so
+tiles are long in k, and programs share the columns of a tile until every multiprocessor has one.  Many rows: the
+largest tile whose sums fit registers, and stages until shared memory is full.
+"""
+
+import functools
+
+import torch
+
+from ._launch import INTERPRETED, blocks, power
+
+PACKED = ("int4", "mxfp4")
+LARGE_SHARED = 200 << 10  # Hopper's and Blackwell's
+LARGEST_SPLIT = 16
+LARGE_ROWS = 1024  # from here on it pays that tensor descriptors are made for every call, some 20 us of the host's time
+
+
+@functools.lru_cache(4096)
+def tiles(rows, features, columns, kind, dot, group, chip):
+    """Tile sizes and launch options.  `dot` is the dtype that is multiplied, `kind` how the weight is stored."""
+    if INTERPRETED:
+        # Small enough for two bands of tiles in 64 rows, and an uneven split of 320 columns: or no test would see them.
+        shape, wanted = (power(rows, 16, 32), power(features, 32, 256), 64, 1, 4, 2), 2
+    elif dot == torch.float32:  # multiplied and added one by one: small tiles, or registers spill
+        shape, wanted = (16, 64, 32, 8, 4, 2), chip.processors
+    elif rows <= 255:
+        shape, wanted = _some(rows, kind, chip), 2 * chip.processors
+    else:
+        shape, wanted = _many(rows, features, dot, group, chip), chip.processors
+    block_m, block_n, block_k, band, warps, stages = shape
+    count = blocks(rows, block_m) * blocks(features, block_n)
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BAND": band,
+        "SPLIT": _split(count, wanted, columns, block_k),
+        "TMA": chip.hopper and rows >= LARGE_ROWS and dot != torch.float32,  # float32 waits for its multiply-adds
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def tiles_few(features, columns, kind, group, chip):
+    """Tile sizes and launch options of _few.multiply_few.  SLICES is num_warps, so that each warp has its own."""
+    large = chip.shared >= LARGE_SHARED
+    wide = (64 if kind == "dense" else 128) // (1 if large or INTERPRETED else 2)
+    wide = min(wide, group or wide)
+    deep = columns >= 8192  # long shares hide what it costs to add them
+    short = wide < 64  # slices of a small group: more features and stages, so that as many bytes are on their way
+    block_n = 64 if short or features >= 64 * chip.processors else 16
+    block_n = 32 if deep else block_n
+    block_n = 128 if INTERPRETED else min(block_n, 64 if large else 32)
+    wanted = chip.processors * (2 if deep else 1)
+    return {
+        "BLOCK_N": block_n, "WIDE": wide, "SLICES": 4,
+        "SPLIT": _split(blocks(features, block_n), wanted, columns, 4 * wide),
+        "num_warps": 4, "num_stages": 2 if not large else 4 if short else 3,
+    }  # fmt: skip
+
+
+def _split(count, wanted, columns, block_k):
+    """How many programs share the columns of a tile, where there are `count` tiles and `wanted` programs at least."""
+    split = 1
+    while 2 * split * count <= wanted and 4 * split * block_k <= columns and split < LARGEST_SPLIT:
+        split *= 2
+    return split
+
+
+def _some(rows, kind, chip):
+    """(BLOCK_M, BLOCK_N, BLOCK_K, BAND, num_warps, num_stages)"""
+    stages = 3 if chip.shared >= LARGE_SHARED else 2
+    if kind in PACKED:
+        return 32 if rows <= 64 else 64, 128, 128, 8, 4, stages + 1
+    return power(rows, 32, 64), 64, 128, 8, 4, stages
+
+
+def _many(rows, features, dot, group, chip):
+    eight_bits = dot.itemsize == 1
+    if chip.shared < LARGE_SHARED:
+        return 128, 128, 128 if eight_bits else 64, 8, 8, 2
+    if blocks(rows, 128) * blocks(features, 256) < chip.processors:
+        return 128, 128, 128 if eight_bits else 64, 8, 4, 4
+    if group:  # scales within the loop take registers
+        return 128, 128, 128, 8, 8, 5 if eight_bits else 3
+    return (128, 256, 128, 16, 8, 4) if eight_bits else (256, 128, 64, 8, 8, 4)

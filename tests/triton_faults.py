@@ -1,0 +1,213 @@
+"""Mistakes planted in the source of the Triton kernels, and whether the conformance kit notices each one.
+
+    python tests/triton_faults.py [NAME ...]      one JSON object: name -> what the kit said, null where it said nothing
+
+Each fault copies backends/triton, changes a line, and runs the cases of one op in the interpreter until one fails.  The
+unchanged kernels pass the same cases.  tests/test_triton_faults.py runs this in a process of its own, because Triton
+decides when it is imported whether it interprets.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` wherever it stands in the file; the named cases of the op in float32 should notice."""
+
+    file: str
+    old: str
+    new: str
+    op: str
+    cases: tuple[str, ...]
+
+
+def attention(old, new, *cases):
+    return Fault("_attention", old, new, "paged_attention", cases)
+
+
+def product(old, new, *cases):
+    return Fault("_product", old, new, "quantized_gemm", cases)
+
+
+FAULTS = {
+    # paged_attention
+    "a key of the future": attention("<= position[:, None] + right", "<= position[:, None] + right + 1", "mixed"),
+    "the window holds a key too many": attention(
+        ">= position[:, None] - left", ">= position[:, None] - left - 1", "window"
+    ),
+    "keys past the end are not masked": attention(
+        "seen = live[None, :]", "seen = (key >= 0)[None, :]", "not causal", "padding"
+    ),
+    "values read with the stride of keys": attention(
+        "kv_head.to(tl.int64) * v_head", "kv_head.to(tl.int64) * k_head", "v_dim below dim", "packed"
+    ),
+    "a page's slots read with the head's stride": attention("slot * k_slot", "slot * k_head", "mixed", "HND"),
+    "the scale of the first head": attention("kv_head * k_scale_head", "0 * k_scale_head", "int8 cache"),
+    "a share ends a block too early": attention(
+        "tl.minimum(begin + mine * BLOCK_N, hi)", "tl.minimum(begin + (mine - 1) * BLOCK_N, hi)", "long decode"
+    ),
+    "a tile belongs to the sequence after it": attention(
+        "+ middle <= tile", "+ middle <= tile + 1", "prefill", "mixed"
+    ),
+    "every tile begins at the first token": attention(
+        "(tile - (begin_token // TOKENS + seq)) * TOKENS", "0 * TOKENS", "long prefill", "prefill"
+    ),
+    "the sum is not rescaled when the maximum rises": attention(
+        "acc = acc * shrink[:, None]", "acc = acc * 1.0", "long decode", "long prefill"
+    ),
+    "the last share is left out of the reduction": attention(
+        "mask=share < SHARES, other", "mask=share < SHARES - 1, other", "long decode"
+    ),
+    "dropped sink": attention(
+        "total = total * tl.exp2(top - above) + tl.exp2(sink - above)", "total = total * tl.exp2(top - above)", "sinks"
+    ),
+    "lse in base 2": attention("(top + tl.log2(total)) * LN2", "(top + tl.log2(total))", "mixed"),
+    "the tree's mask of the token before": attention(
+        "token[:, None] * tree_row", "(token[:, None] - 1) * tree_row", "tree"
+    ),
+    # merge_attention, write_kv, rotary_embedding, sample, silu_and_mul
+    "a merged part keeps its weight": Fault(
+        "merge_attention", "(weight_b / total)[:, None]", "weight_b[:, None]", "merge_attention", ("",)
+    ),
+    "slot -1 is stored": Fault("write_kv", "(slot < 0) | (slot >= capacity)", "slot >= capacity", "write_kv", ("",)),
+    "the token's stride of keys for values": Fault(
+        "write_kv", "v + token * v_token", "v + token * k_token", "write_kv", ("",)
+    ),
+    "multiplied by the cache's scale": Fault("write_kv", "tl.div_rn(x, tl.load(", "(x * tl.load(", "write_kv", ("",)),
+    "rotated the other way": Fault("rotary_embedding", "b * c + a * s", "b * c - a * s", "rotary_embedding", ("",)),
+    "uniform is not scaled by the mass": Fault(
+        "sample", "tl.load(uniform + row) * total", "tl.load(uniform + row)", "sample", ("",)
+    ),
+    "the gate is the second half": Fault(
+        "silu_and_mul",
+        "gate / (1.0 + tl.exp(-gate)) * value",
+        "value / (1.0 + tl.exp(-value)) * gate",
+        "silu_and_mul",
+        ("",),
+    ),
+    # rms_norm, quantize_activation: _rows.py
+    "the mean of the padded width": Fault("_rows", "squares / width + eps", "squares / BLOCK + eps", "rms_norm", ("",)),
+    "the residual read with the stride of x": Fault(
+        "_rows", "residual_row)[:, None]", "x_row + 1)[:, None]", "rms_norm", ("residual",)
+    ),
+    "columns past the row are not masked": Fault("_rows", "(column < own)", "(column < own + 1)", "rms_norm", ("",)),
+    "the scale of the group before": Fault(
+        "_rows",
+        "tl.store(scales + index[:, None]",
+        "tl.store(scales + (index ^ 1)[:, None]",
+        "quantize_activation",
+        ("group",),
+    ),
+    # quantized_gemm, norm_linear_activation: _product.py, _codes.py, _epilogue.py
+    "weights read with the stride of columns": product(
+        "safe_feature.to(tl.int64) * weight_row", "safe_feature.to(tl.int64) * columns", "w4a16"
+    ),
+    "a column past the end is stored": Fault(
+        "_epilogue", "(column < width)", "(column < width + 1)", "quantized_gemm", ("",)
+    ),
+    "the scale of another group": product("// GROUP", "// (2 * GROUP)", "w4a16"),
+    "a share of the columns ends too early": product(
+        "tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K", "(tl.cdiv(columns, BLOCK_K) // SPLIT) * BLOCK_K", ""
+    ),
+    "an adapter's rank read with the column's stride": Fault(
+        "lora_gemm", "(r * a_rank)", "(r * a_column)", "lora_gemm", ("",)
+    ),
+    "a share of the columns of x left out": Fault(
+        "lora_gemm", "tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", "lora_gemm", ("",)
+    ),
+    "row without an adapter is written": Fault(
+        "lora_gemm",
+        "inside = (mine >= 0)[:, None] & (output",
+        "inside = (row < rows)[:, None] & (output",
+        "lora_gemm",
+        ("",),
+    ),
+    "unpacked with the scale of another group": Fault(
+        "_dequantize", "* BLOCK_K // GROUP + tl", "* BLOCK_K // GROUP + 1 + tl", "quantized_gemm", ("",)
+    ),
+    "the second band of tiles is the first": product("band = index // (BAND * tiles_n)", "band = index * 0", ""),
+    "tiles of features in the order of rows": product("within // height", "within % height", ""),
+    "the last share is not added": product("tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", ""),
+    "nibbles in the wrong order": product("low, high = nibbles(", "high, low = nibbles(", "w4a16"),
+    "the symmetric zero point is 7": Fault(
+        "_codes", "low.to(tl.int8) - 8", "low.to(tl.int8) - 7", "quantized_gemm", ("w4a16",)
+    ),
+    "gate and value of a pair swapped": Fault(
+        "_epilogue",
+        "activated(gate, ACTIVATION) * value",
+        "activated(value, ACTIVATION) * gate",
+        "norm_linear_activation",
+        ("swiglu", "geglu"),
+    ),
+    "the bias of half the features": Fault(
+        "_epilogue", "tl.load(bias + feature,", "tl.load(bias + feature // 2,", "norm_linear_activation", ("",)
+    ),
+}
+
+
+def main(names):
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, str(ROOT))
+    import triton  # noqa: F401  loaded once; each fault has a process of its own, for some read where nothing is
+
+    from llmkernels import testing  # noqa: F401
+
+    told = {}
+    forked = multiprocessing.get_context("fork")
+    for name in names or FAULTS:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs = forked.Pipe(duplex=False)
+            process = forked.Process(target=plant_and_run, args=(FAULTS[name], Path(folder), theirs))
+            process.start()
+            theirs.close()
+            try:
+                told[name] = ours.recv()
+            except EOFError:
+                process.join()
+                told[name] = f"crashed with {process.exitcode}" if process.exitcode < 0 else None
+            process.join()
+    print(json.dumps(told))
+
+
+def plant_and_run(fault, folder, pipe):
+    import llmkernels.backends as backends
+
+    shutil.copytree(ROOT / "backends" / "triton", folder / "triton")
+    plant(fault, folder / "triton")
+    backends.__path__.insert(0, str(folder))
+    pipe.send(first_failure(fault))
+
+
+def plant(fault, folder):
+    file = folder / f"{fault.file}.py"
+    text = file.read_text()
+    if fault.old not in text:
+        raise ValueError(f"{file.name} no longer has {fault.old!r}: plant the fault elsewhere")
+    file.write_text(text.replace(fault.old, fault.new))
+
+
+def first_failure(fault):
+    """What the kit said first, or None."""
+    from llmkernels import testing
+    from llmkernels.registry import get
+
+    contract = get(fault.op).contract
+    wanted = [case for part in fault.cases for case in contract.cases if part in case.name and not case.raises]
+    for case in wanted:
+        result = testing.check(contract, "float32", case, "triton")
+        if result.verdict == "failed":
+            return f"{case.name}: {result.reasons[0].splitlines()[0]}"
+    return None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

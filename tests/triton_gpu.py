@@ -1,0 +1,163 @@
+"""What only a GPU can show of the Triton backend: CUDA graphs, and torch.compile without a break.
+
+`python tests/triton_gpu.py` makes every check and needs no pytest; tests/test_triton_gpu.py makes them too.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import llmkernels
+from llmkernels import use
+from llmkernels.bench.subject import bound
+from llmkernels.discovery import implementation
+from llmkernels.inputs import inputs
+from llmkernels.memory import bits
+from llmkernels.registry import OPS, get
+
+get("rms_norm")  # declares every op
+WARM = 3  # calls before a capture: they compile, and pack weights
+DTYPES = ("bfloat16", "float16")
+
+
+def results(contract, run, call):
+    """Everything a call returns and writes."""
+    found = bound(contract, run, call)()
+    found = [] if found is None else list(found) if isinstance(found, tuple) else [found]
+    return found + [call[p.name] for p in contract.shapes.inputs.values() if p.mutated and call[p.name] is not None]
+
+
+def same(got, want):
+    return len(got) == len(want) and all(
+        torch.equal(bits(g.contiguous()), bits(w.contiguous())) for g, w in zip(got, want, strict=True)
+    )
+
+
+def captured(contract, run, call):
+    """(replay, what a replay leaves its results in)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            results(contract, run, call)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = results(contract, run, call)
+    return graph.replay, kept
+
+
+def tensors(call):
+    return [value for value in call.values() if isinstance(value, torch.Tensor)]
+
+
+def graph_of(op, dtype):
+    """A captured call of each easy case gives the bits of an eager one, again after its inputs changed."""
+    contract, run = OPS[op].contract, implementation("triton", op).run
+    taken = 0
+    for case in contract.cases:
+        call = inputs(contract, case, dtype, "cuda") if not case.hostile else None
+        if call is None or list(implementation("triton", op).refuse(**call)):
+            continue
+        taken += 1
+        fresh = partial(inputs, contract, case, dtype, "cuda")
+        replay, kept = captured(contract, run, call)
+        for turn in range(2):
+            other = fresh()
+            for mine, theirs in zip(tensors(call), tensors(other), strict=True):
+                if turn and mine.dtype == getattr(torch, dtype):
+                    theirs.mul_(0.5)
+                mine.copy_(theirs)
+            replay()
+            torch.cuda.synchronize()
+            assert same(kept, results(contract, run, other)), f"{op} {dtype} {case.name!r}: replay {turn} differs"
+    assert taken, f"triton takes no easy case of {op} in {dtype}"
+
+
+def graph_of_a_smaller_batch(dtype):
+    """Captured for long sequences, replayed for shorter ones on other pages; freed pages and their bytes stay."""
+    contract, run = OPS["paged_attention"].contract, implementation("triton", "paged_attention").run
+    make = partial(_decode, dtype=getattr(torch, dtype))
+    call = contract.bind(**make((700, 1300, 64)))
+    replay, kept = captured(contract, run, call)
+    for lengths in ((1, 17, 64), (0, 1300, 16), (699, 3, 5)):
+        other = make(lengths)
+        for name in ("q", "block_table", "seq_lens"):
+            call[name].copy_(other[name])
+        before = call["k_cache"].clone()
+        replay()
+        torch.cuda.synchronize()
+        eager = dict(call) | {name: call[name].clone() for name in ("q", "block_table", "seq_lens")}
+        assert same(kept, results(contract, run, eager)), f"lengths {lengths} differ"
+        assert torch.equal(before, call["k_cache"]), "a page was written"
+
+
+def _decode(lengths, dtype, heads=8, kv_heads=2, dim=128, page=16, pages=300):
+    draw = torch.Generator().manual_seed(sum(lengths))
+    cache = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(pages, page, kv_heads, dim, generator=cache).to("cuda", dtype) for _ in range(2))
+    table = torch.stack([torch.randperm(pages, generator=draw)[: -(-1300 // page)] for _ in lengths]).int()
+    return {
+        "q": torch.randn(len(lengths), heads, dim, generator=draw).to("cuda", dtype),
+        "k_cache": k,
+        "v_cache": v,
+        "block_table": table.cuda(),
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        "cu_seqlens_q": torch.arange(len(lengths) + 1, dtype=torch.int32, device="cuda"),
+        "max_seqlen_q": 1,
+        "max_seqlen_k": 1300,
+        "return_lse": True,
+    }
+
+
+def compiled_into_one_graph(dtype):
+    """A layer under torch.compile(fullgraph=True), its launches in CUDA graphs, gives what eager calls give."""
+    kind = getattr(torch, dtype)
+
+    def layer(x, weight, gain):
+        y, residual = llmkernels.rms_norm(x, gain, residual=x)
+        return llmkernels.norm_linear_activation(y, weight, norm="none", activation="swiglu"), residual
+
+    make = partial(torch.randn, device="cuda", dtype=kind)
+    with use("triton", policy="strict"), torch.no_grad():
+        run = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+        weight, gain = make(256, 128) / 16, make(128)
+        for _ in range(WARM):
+            x = make(7, 128)
+            assert same([part.clone() for part in run(x, weight, gain)], list(layer(x, weight, gain)))
+
+
+CHECKS = {
+    **{f"graph of {op} {dtype}": partial(graph_of, op, dtype) for op in sorted(OPS) for dtype in DTYPES},
+    **{f"graph of a smaller batch {dtype}": partial(graph_of_a_smaller_batch, dtype) for dtype in DTYPES},
+    **{f"torch.compile {dtype}": partial(compiled_into_one_graph, dtype) for dtype in DTYPES},
+}
+
+
+def raised(error):
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def main():
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no GPU here")
+    failed = 0
+    for name, check in CHECKS.items():
+        try:
+            check()
+        except Exception as error:  # every check is made, and each failure told
+            failed += 1
+            print(f"failed {name}: {raised(error)}", flush=True)
+        else:
+            print(f"passed {name}", flush=True)
+    print(f"{len(CHECKS) - failed} passed, {failed} failed on {torch.cuda.get_device_name()}")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
