@@ -113,23 +113,36 @@ def sentence(row: Mapping[str, Any]) -> str:
 
 
 def markdown(table: Iterable[Mapping[str, Any]]) -> str:
-    """The README's table: a column per backend; ops and dtypes of which the same is known share a line."""
-    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for row in _joined(table):
-        cells.setdefault((row["op"], row["dtype"]), {}).setdefault(row["backend"], []).append(sentence(row))
+    """The README's table: a column per backend; ops of which the same is known share a line."""
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in _joined(_of_all_dtypes(table)):
+        words = sentence(row) + (f" in {row['dtype']}" if row["dtype"] else "")
+        cells.setdefault(row["op"], {}).setdefault(row["backend"], []).append(words)
     names = list(dict.fromkeys(name for line in cells.values() for name in line))
-    known: dict[tuple[str, ...], list[str]] = {}  # an op and what is known -> dtypes
-    for (op, dtype), line in cells.items():
-        words = ("<br>".join(_of_chips(line.get(name, ["no kernel"]))) for name in names)
-        known.setdefault((op, *words), []).append(dtype)
-    lines: dict[tuple[str, ...], list[str]] = {}  # dtypes and what is known -> ops
-    for (op, *words), dtypes in known.items():
-        lines.setdefault((" ".join(dtypes), *words), []).append(op)
-    text = [f"| op | dtypes | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for (kinds, *told), ops in lines.items():
-        said = " | ".join("—" if word == "no kernel" else word for word in told)
-        text.append(f"| {' '.join(f'`{op}`' for op in ops)} | {kinds} | {said} |")
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for op, line in cells.items():
+        told = ("<br>".join(_of_chips(line.get(name, ["no kernel"]))) for name in names)
+        lines.setdefault(tuple(told), []).append(f"`{op}`")
+    text = [f"| op | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for known, ops in lines.items():
+        said = " | ".join("—" if word == "no kernel" else word for word in known)
+        text.append(f"| {' '.join(ops)} | {said} |")
     return "\n".join(text)
+
+
+def _of_all_dtypes(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in nothing but dtype and counts made one; `dtype` names them where they are not all."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    dtypes: dict[str, dict[str, None]] = {}
+    for row in table:
+        key = tuple(row[name] for name in ("op", "backend", "evidence", "device", ISA))
+        sums = found.setdefault(key, dict(row) | {"dtype": []} | dict.fromkeys(COUNTS, 0))
+        sums["dtype"].append(row["dtype"])
+        sums |= {name: sums[name] + (row[name] or 0) for name in COUNTS}
+        dtypes.setdefault(row["op"], {})[row["dtype"]] = None
+    for row in found.values():
+        row["dtype"] = "" if len(row["dtype"]) == len(dtypes[row["op"]]) else " ".join(row["dtype"])
+    return list(found.values())
 
 
 def _joined(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
