@@ -93,8 +93,12 @@ def absent(backend: str) -> Refusal | None:
 @functools.cache
 def implementation(backend: str, op: str) -> ModuleType | None:
     """The module <backend>/<op>.py, or None where there is no such file."""
-    name = f"{backends()[backend]}.{op}"
-    return import_module(name) if util.find_spec(name) else None
+    return import_module(f"{backends()[backend]}.{op}") if has(backend, op) else None
+
+
+def has(backend: str, op: str) -> bool:
+    """Whether there is a file <backend>/<op>.py.  It is not imported: an emulation may have to be chosen before."""
+    return util.find_spec(f"{backends()[backend]}.{op}") is not None
 
 
 def refusals(backend: str, op: str, family: str, call: dict[str, Any], require: dict[str, Any]) -> list[Refusal]:

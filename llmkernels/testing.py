@@ -26,7 +26,7 @@ from llmkernels import ops as _ops  # noqa: F401  declares them
 from llmkernels.arrays import from_torch, to_torch
 from llmkernels.comparison import compare
 from llmkernels.contract import Case, Contract
-from llmkernels.discovery import REFERENCE, Refusal, absent, emulated, implementation, package, refusals
+from llmkernels.discovery import REFERENCE, Refusal, absent, emulated, has, implementation, package, refusals
 from llmkernels.inputs import inputs
 from llmkernels.memory import Fence, Gaps, bits, poisoned_allocations
 from llmkernels.registry import OPS, REFERENCE_TRAITS, get
@@ -94,7 +94,7 @@ def conform(
 def missing(backend: str, op: str | None = None) -> list[str]:
     """The ops (or of `op` alone) that `backend` has no file for."""
     asked = [get(op).name] if op else list(OPS)
-    return [] if backend == REFERENCE else [name for name in asked if implementation(backend, name) is None]
+    return [] if backend == REFERENCE else [name for name in asked if not has(backend, name)]
 
 
 def _check_named(backend: str, names: tuple[str, str, str]) -> Result:
