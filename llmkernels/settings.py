@@ -95,8 +95,8 @@ def current() -> Settings:
 def environment() -> Settings:
     """The settings of the environment, read once: LLMKERNELS_BACKEND, LLMKERNELS_<OP>, LLMKERNELS_POLICY,
     LLMKERNELS_VERIFY (0 switches the self-check off)."""
-    reserved = {"BACKEND", "POLICY", "VERIFY", "BUILD", "ARCHS", "CACHE", "DATA", "CPU_ISA", "TUNED"}
     prefix = "LLMKERNELS_"
+    reserved = {"API_KEY", "BACKEND", "POLICY", "VERIFY", "BUILD", "ARCHS", "CACHE", "DATA", "CPU_ISA", "TUNED", "VLLM"}
     per_op = {k.removeprefix(prefix).lower(): v for k, v in os.environ.items() if k.startswith(prefix) and v}
     per_op = {k: v for k, v in per_op.items() if k.upper() not in reserved}
     return Settings(

@@ -59,21 +59,23 @@ class Shapes:
             array = call.get(name)
             if array is None:
                 if not pattern.optional:
-                    raise ValueError(f"{op}: {name} is missing; the contract is {pattern}")
+                    raise ValueError(f"{op}: {name} is missing; pass an array, {pattern}")
                 continue
             if not hasattr(array, "shape") or not hasattr(array, "dtype"):
                 raise ValueError(
                     f"{op}: {name} is {array!r:.80}, of type {type(array).__name__}; pass an array, {pattern}"
                 )
             if not self._bind_dtype(dtype_name(array), pattern, sizes):
-                hint = "; llmkernels.quant.quantize makes one" if "quantized" in pattern.dtypes else ""
+                hint = "llmkernels.quant.quantize makes one" if "quantized" in pattern.dtypes else "cast it"
                 says = self._allowed(pattern, sizes)
-                raise ValueError(f"{op}: {name} is {dtype_name(array)}; the contract says {says}{hint}")
+                raise ValueError(f"{op}: {name} is {dtype_name(array)}; the contract says {says}: {hint}")
+            before = dict(sizes)
             if not _bind(tuple(array.shape), pattern.dims, sizes):
-                known = ", ".join(f"{d}={sizes[d.strip('*')]}" for d in pattern.dims if d.strip("*") in sizes)
+                known = ", ".join(f"{d}={before[d.strip('*')]}" for d in pattern.dims if d.strip("*") in before)
                 raise ValueError(
                     f"{op}: {name} has shape {tuple(array.shape)}; the contract is {pattern}"
                     + (f" with {known}" if known else "")
+                    + _transposed(name, tuple(array.shape), pattern.dims, before)
                 )
         return sizes
 
@@ -130,6 +132,17 @@ def _size(dim: str, sizes: Sizes) -> Any:
         return int(dim)
     name, plus, extra = dim.partition("+")
     return sizes[name.lstrip("*")] + int(extra) if plus else sizes[dim.lstrip("*")]
+
+
+def _transposed(name: str, shape: tuple, dims: tuple[str, ...], sizes: Sizes) -> str:
+    """A hint where the array fits once two of its axes change places: HND caches, weights stored [in out]."""
+    for i in range(len(shape)):
+        for j in range(i + 1, len(shape)):
+            swapped = list(shape)
+            swapped[i], swapped[j] = shape[j], shape[i]
+            if swapped != list(shape) and _bind(tuple(swapped), dims, dict(sizes)):
+                return f"; {name}.transpose({i}, {j}) would fit: are its axes in that order?"
+    return ""
 
 
 def _bind(shape: tuple, dims: tuple[str, ...], sizes: Sizes) -> bool:

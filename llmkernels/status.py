@@ -16,6 +16,7 @@ from llmkernels import discovery
 FOLDER = Path(__file__).parent / "evidence"
 MODES = ("ran", "emulated", "compiled")  # the strongest first
 KEY = ("op", "backend", "dtype", "mode", "device")
+ISA = "isa"  # in records of backends that have kernels for several instruction sets: which of them ran
 COUNTS = ("passed", "failed", "refused")
 FIELDS = {*KEY, *COUNTS, "recorded", "versions"}
 WATCHED = ("llmkernels", "torch", "triton", "jax", "jaxlib", "libtpu", "numpy")  # versions worth remembering
@@ -42,14 +43,14 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def write(file: Path, new: Iterable[Mapping[str, Any]]) -> None:
-    """Add records to a file; each replaces an older one of the same op, backend, dtype, mode and device."""
+    """Add records to a file; each replaces an older one of the same op, backend, dtype, mode, device and ISA."""
     known = {_key(r): r for r in (read(file) if file.exists() else [])} | {_key(r): dict(r) for r in new}
     lines = ",\n".join(json.dumps(known[key]) for key in sorted(known))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('{"records": [\n' + lines + "\n]}\n")
 
 
-def summarize(results: Iterable[Any], mode: str, device: str) -> Iterator[dict[str, Any]]:
+def summarize(results: Iterable[Any], mode: str, device: str, isa: str | None = None) -> Iterator[dict[str, Any]]:
     """Results of the conformance kit as records: how many cases passed, failed, were refused, per op and dtype.
 
     A call that the contract forbids never reaches a kernel, so it proves nothing about one and is left out.
@@ -62,6 +63,7 @@ def summarize(results: Iterable[Any], mode: str, device: str) -> Iterator[dict[s
         if result.case not in {case.name for case in OPS[result.op].contract.cases if case.raises}:
             row[result.verdict] += 1
     facts = {"mode": mode, "device": device, "recorded": time.strftime("%Y-%m-%d"), "versions": versions()}
+    facts |= {ISA: isa} if isa else {}
     for (op, backend, dtype), row in counts.items():
         yield {"op": op, "backend": backend, "dtype": dtype, **facts, **row}
 
@@ -87,11 +89,12 @@ def rows(known: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for dtype in dtypes:
                 mine = [r for r in known if (r["op"], r["backend"], r["dtype"]) == (op, backend, dtype)]
                 cell = {"op": op, "backend": backend, "dtype": dtype}
-                for r in sorted(mine, key=lambda r: (MODES.index(r["mode"]), r["device"])):
-                    table.append(cell | {"evidence": _word(r)} | {k: r[k] for k in ("device", "recorded", *COUNTS)})
+                for r in sorted(mine, key=lambda r: (MODES.index(r["mode"]), r["device"], r.get(ISA) or "")):
+                    known_of = {k: r.get(k) for k in ("device", ISA, "recorded", *COUNTS)}
+                    table.append(cell | {"evidence": _word(r)} | known_of)
                 if not mine:
                     word = "no record" if kernel else "no kernel"
-                    table.append(cell | {"evidence": word} | dict.fromkeys(("device", "recorded", *COUNTS)))
+                    table.append(cell | {"evidence": word} | dict.fromkeys(("device", ISA, "recorded", *COUNTS)))
     return table
 
 
@@ -102,6 +105,7 @@ def sentence(row: Mapping[str, Any]) -> str:
     """
     place = {"ran": " on ", "failed": " on ", "compiled": " for "}.get(row["evidence"])
     words = f"{row['evidence']}{place}{row['device']}" if place else str(row["evidence"])
+    words += f": {row[ISA]}" if place and row[ISA] else ""
     if not row["passed"] or not (row["refused"] or row["failed"]):
         return words
     counted = "kinds" if row["evidence"] == "compiled" else "cases"
@@ -109,23 +113,36 @@ def sentence(row: Mapping[str, Any]) -> str:
 
 
 def markdown(table: Iterable[Mapping[str, Any]]) -> str:
-    """The README's table: a line per op, a column per backend; dtypes of which the same is known share a line."""
+    """The README's table: a column per backend; ops and dtypes of which the same is known share a line."""
     cells: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for row in table:
+    for row in _joined(table):
         cells.setdefault((row["op"], row["dtype"]), {}).setdefault(row["backend"], []).append(sentence(row))
     names = list(dict.fromkeys(name for line in cells.values() for name in line))
-    lines: dict[tuple[str, ...], list[str]] = {}
+    known: dict[tuple[str, ...], list[str]] = {}  # an op and what is known -> dtypes
     for (op, dtype), line in cells.items():
-        words = ["<br>".join(_joined(line.get(name, ["no kernel"]))) for name in names]
-        lines.setdefault((op, *words), []).append(dtype)
+        words = ("<br>".join(_of_chips(line.get(name, ["no kernel"]))) for name in names)
+        known.setdefault((op, *words), []).append(dtype)
+    lines: dict[tuple[str, ...], list[str]] = {}  # dtypes and what is known -> ops
+    for (op, *words), dtypes in known.items():
+        lines.setdefault((" ".join(dtypes), *words), []).append(op)
     text = [f"| op | dtypes | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for (op, *words), dtypes in lines.items():
-        said = " | ".join("—" if word == "no kernel" else word for word in words)
-        text.append(f"| `{op}` | {' '.join(dtypes)} | {said} |")
+    for (kinds, *told), ops in lines.items():
+        said = " | ".join("—" if word == "no kernel" else word for word in told)
+        text.append(f"| {' '.join(f'`{op}`' for op in ops)} | {kinds} | {said} |")
     return "\n".join(text)
 
 
-def _joined(sentences: Iterable[str]) -> list[str]:
+def _joined(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table with rows that differ in nothing but the instruction set (and the day) made one: 'avx2, avx512'."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in table:
+        key = tuple(row[name] for name in ("op", "backend", "dtype", "evidence", "device", *COUNTS))
+        names = [found[key][ISA], row[ISA]] if key in found else [row[ISA]]
+        found[key] = dict(row) | {ISA: ", ".join(filter(None, names)) or None}
+    return list(found.values())
+
+
+def _of_chips(sentences: Iterable[str]) -> list[str]:
     """Each sentence once, and one for all chips that something was compiled for."""
     start = "compiled for "
     chips = [sentence.removeprefix(start) for sentence in sentences if sentence.startswith(start)]
@@ -169,4 +186,4 @@ def _word(record: Mapping[str, Any]) -> str:
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(record[name]) for name in KEY)
+    return tuple(str(record.get(name)) for name in (*KEY, ISA))

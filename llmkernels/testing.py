@@ -26,7 +26,7 @@ from llmkernels import ops as _ops  # noqa: F401  declares them
 from llmkernels.arrays import from_torch, to_torch
 from llmkernels.comparison import compare
 from llmkernels.contract import Case, Contract
-from llmkernels.discovery import REFERENCE, Refusal, absent, emulated, implementation, package, refusals
+from llmkernels.discovery import REFERENCE, Refusal, absent, emulated, has, implementation, package, refusals
 from llmkernels.inputs import inputs
 from llmkernels.memory import Fence, Gaps, bits, poisoned_allocations
 from llmkernels.registry import OPS, REFERENCE_TRAITS, get
@@ -62,6 +62,7 @@ def conform(
 ) -> Iterator[Result]:
     """Every case of `op` (of all ops) in every dtype on `backend`.  `case` is a part of the names to keep.
 
+    Ops that the backend has no file for are left out; `missing` names them.
     jobs: processes at once, each with one thread; more than one on the CPU only.  Results keep their order.
 
     Raises:
@@ -75,17 +76,25 @@ def conform(
         with emulated(backend):
             yield from conform(backend, op, dtype, case, device, jobs=jobs)
         return
+    without = missing(backend, op)
+    asked = [call for call in calls(op, dtype, case) if call[0].name not in without]
     if jobs == 1:
-        for call in calls(op, dtype, case):
+        for call in asked:
             yield check(*call, backend, device)
         return
     if backend != REFERENCE:
         for entry in OPS.values():  # loaded once, before the processes part
             implementation(backend, entry.name)
-    names = [(contract.name, kind, one.name) for contract, kind, one in calls(op, dtype, case)]
+    names = [(contract.name, kind, one.name) for contract, kind, one in asked]
     forked = multiprocessing.get_context("fork")  # keeps an emulation that is on
     with ProcessPoolExecutor(jobs, forked, torch.set_num_threads, (1,)) as pool:
         yield from pool.map(partial(_check_named, backend), names)
+
+
+def missing(backend: str, op: str | None = None) -> list[str]:
+    """The ops (or of `op` alone) that `backend` has no file for."""
+    asked = [get(op).name] if op else list(OPS)
+    return [] if backend == REFERENCE else [name for name in asked if not has(backend, name)]
 
 
 def _check_named(backend: str, names: tuple[str, str, str]) -> Result:

@@ -15,7 +15,7 @@ from llmkernels.bench.peers import small_ops as _small_ops  # noqa: F401
 from llmkernels.bench.replay import recorded
 from llmkernels.bench.subject import PEER_SLACK, Subject
 from llmkernels.cli import app
-from llmkernels.contract import Cost
+from llmkernels.contract import Case, Cost
 from llmkernels.inputs import inputs
 
 CEILINGS = roofline.Ceilings(
@@ -108,6 +108,24 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
         ("zeros", "fails parity")
     ]
     assert [line.peers for line in told if isinstance(line, bench.Row)] == [{}]
+
+
+def test_a_peer_that_rounds_in_groups_of_its_own_must_still_compute_the_product():
+    one = subject("quantized_gemm", Case("", {"scheme": "w4a8_g128", "rows": 4, "out": 64, "in_": 512}))
+    groups, weight = one.call["x"].unflatten(1, (-1, 32)), one.call["weight"].dequantize()
+    levels = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = ((groups / levels).round() * levels).flatten(1)
+    assert one.judge([rounded @ weight.T], PEER_SLACK)[0]  # another answer than the contract's
+    assert not one.judge_own_rounding([rounded @ weight.T])
+    coarse = ((groups / levels / 8).round() * 8 * levels).flatten(1)
+    for wrong in (
+        coarse @ weight.T,
+        1.02 * rounded @ weight.T,
+        rounded[:, :-1] @ weight[:, :-1].T,
+        rounded @ weight.roll(1, 0).T,
+    ):
+        assert "further from the product" in one.judge_own_rounding([wrong])
+    assert one.judge_own_rounding([torch.full((4, 64), torch.nan)])
 
 
 def test_a_refusal_and_a_crash_are_told(monkeypatch):

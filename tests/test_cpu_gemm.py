@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from llmkernels.backends import cpu
 
 from llmkernels.quant import SCHEMES, quantize
@@ -73,9 +74,9 @@ def test_threads_do_not_change_the_result(name, rows, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [15, 16, 17, 32, 33, 255, 256, 257, 511, 513])
+@pytest.mark.parametrize("rows", [15, 16, 17, 32, 33, 64, 65, 255, 256, 257, 511, 513])
 def test_rows_around_the_sizes_of_blocks(rows, dtype):
-    """Blocks of 256 rows, 512 prepared at a time, another way to read dense weights above 16 or 32 rows."""
+    """Blocks of 256 rows, 512 prepared at a time, panels that are decoded above 32 rows, other products above 64."""
     x = torch.randn(rows, 72).to(dtype)
     dense = torch.randn(70, 72).to(dtype) / 8
     got = norm_linear_activation.run(x, dense, norm="none", activation="none", **PLAIN)
@@ -85,6 +86,31 @@ def test_rows_around_the_sizes_of_blocks(rows, dtype):
     got = quantized_gemm.run(x, quantized, bias=None)
     want = x.double() @ quantized.dequantize(torch.float64).T
     assert (got.double() - want).abs().max() < tolerance(dtype) * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [65, 300])
+@pytest.mark.parametrize(
+    ("norm", "activation", "act"),
+    [
+        ("rms", "silu", F.silu),
+        ("layer", "gelu", F.gelu),
+        ("rms", "swiglu", lambda z: F.silu(z[:, :33]) * z[:, 33:]),
+        ("none", "gelu_tanh", lambda z: F.gelu(z, approximate="tanh")),
+    ],
+)
+def test_many_rows_of_a_dense_weight(norm, activation, act, rows, dtype):
+    x, residual = torch.randn(2, rows, 72).to(dtype)
+    gain, bias, dense = torch.rand(72).to(dtype) + 0.5, torch.randn(66).to(dtype), torch.randn(66, 72).to(dtype) / 8
+    gain = None if norm == "none" else gain
+    options = PLAIN | {"norm_weight": gain, "residual": residual, "bias": bias, "return_residual": True}
+    y, kept = norm_linear_activation.run(x, dense, norm=norm, activation=activation, **options)
+    assert torch.equal(kept, (x.double() + residual.double()).to(dtype))
+    n = x.double() + residual.double()
+    n = n - n.mean(1, keepdim=True) if norm == "layer" else n
+    n = n if norm == "none" else n / (n.square().mean(1, keepdim=True) + 1e-6).sqrt() * gain.double()
+    want = act(n @ dense.double().T + bias.double())
+    assert (y.double() - want).abs().max() < 3 * tolerance(dtype) * want.abs().max()
 
 
 def test_a_weight_is_packed_once_for_each_use():

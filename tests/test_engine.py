@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llmkernels
 from llmkernels import ledger
 from llmkernels.engine import LLM, SamplingParams, shipped_model
-from llmkernels.engine.cache import KVCache, PagePool
+from llmkernels.engine.cache import KVCache
+from llmkernels.engine.pages import PagePool
 from llmkernels.engine.runner import Runner
 from llmkernels.engine.scheduler import Scheduler, Sequence
 from llmkernels.engine.weights import Checkpoint, load
@@ -325,6 +326,7 @@ def test_scales_of_a_quantized_cache_just_fit(dtype, limit):
         ({"kv_cache_dtype": "float8_e4m3fn"}, 0.06),
         ({"quantize": "w8a16"}, 0.03),
         ({"quantize": "w4a16_g128"}, 0.3),
+        ({"quantize_head": "w8a16"}, 0.03),
     ],
 )
 def test_quantized_weights_and_caches_stay_near(options, bound):

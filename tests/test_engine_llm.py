@@ -227,7 +227,9 @@ NORM = "model.norm.weight"
         ({"dtype": "int4"}, "dtype is 'int4'; use one of auto, float32"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"tie_word_embeddings": False}, "has no tensor lm_head.weight"),
-        ({"quantization_config": {"quant_method": "awq"}}, "is quantized"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "quant_method is 'exl2'; the readable ones are gptq, awq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 3}}, "AWQ with bits=3"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "has no tensor .*qweight"),
     ],
 )
 def test_a_config_that_cannot_be(tmp_path, changes, words):
@@ -358,6 +360,7 @@ def test_bad_wishes(options, words):
         ),
         ({"device": "warp"}, "device is 'warp'"),
         ({"quantize": "w5a16"}, "w5a16"),
+        ({"quantize_head": "w5a16"}, "w5a16"),
         ({"page_size": 0}, "page_size is 0"),
         ({"kv_cache_bytes": 100}, "kv_cache_bytes is 100; a page of 16 tokens takes 49152"),
         ({"max_sequences": 0}, "max_sequences is 0"),

@@ -1,14 +1,10 @@
 """The scheduler, with integers only: nobody is lost, pages belong to one, the budget holds, first come first served."""
 
-import ast
-import inspect
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkernels.engine import scheduler as scheduler_module
-from llmkernels.engine.cache import PagePool
+from llmkernels.engine.pages import PagePool
 from llmkernels.engine.scheduler import Scheduler, Sequence
 
 END = 7  # the token that ends a text
@@ -52,7 +48,7 @@ def run(s, sequences, arrivals, aborts=(), ends=()):
             s.add(sequences[queue.pop(0)[1]])
         for at, index in aborts:
             if at == step and (sequences[index] in s.waiting or sequences[index] in s.running):
-                s.abort(sequences[index])
+                s.end(sequences[index])
         before = s.preemptions
         chunks = s.schedule()
         assert chunks or not (s.waiting or s.running), "everybody waits for nobody"
@@ -140,8 +136,8 @@ def test_an_aborted_sequence_ignores_the_step_it_was_in():
     q = sequence(3, 5)
     s.add(q)
     chunks = s.schedule()
-    s.abort(q)
-    s.abort(q)
+    s.end(q)
+    s.end(q)
     s.advance(chunks, [0])
     assert (q.finish_reason, q.tokens, s.pool.free) == ("abort", [1, 1, 1], s.pool.pages)
 
@@ -150,20 +146,3 @@ def test_an_aborted_sequence_ignores_the_step_it_was_in():
 def test_a_budget_too_small_for_the_sequences(sizes):
     with pytest.raises(ValueError, match=r"max_sequences is . and max_batch_tokens 4"):
         scheduler(max_batch_tokens=sizes[0], max_sequences=sizes[1])
-
-
-def test_a_page_given_back_twice_is_a_bug_that_shows():
-    pool = PagePool(3)
-    pages = pool.take(2)
-    assert pool.take(2) is None
-    assert pool.free == 1
-    pool.give_back(pages)
-    with pytest.raises(ValueError, match="not in use"):
-        pool.give_back(pages)
-
-
-def test_the_scheduler_knows_no_tensors():
-    tree = ast.parse(inspect.getsource(scheduler_module))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert imported == {"collections", "collections.abc", "dataclasses", "typing"}

@@ -1,4 +1,4 @@
-"""The example plug-in, really installed by pip, and its wrong, broken and buggy variants.
+"""examples/backend_template, really installed by pip, and its wrong, broken and buggy variants.
 
 Each test runs in a process of its own: entry points are found when Python starts.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = "llmkernels_numpy"
+PACKAGE = "llmkernels_template"
 DTYPES = ("float32", "float16", "bfloat16")
 NATIVE = (f"{PACKAGE}/__init__.py", "NATIVE = False", "NATIVE = True")
 CALL = """
@@ -65,7 +65,7 @@ class Installed:
 def example(tmp_path_factory):
     """The example as pip installs it."""
     folder = tmp_path_factory.mktemp("plugin")
-    source = shutil.copytree(ROOT / "examples" / "backend_plugin", folder / "source")  # pip builds inside it
+    source = shutil.copytree(ROOT / "examples" / "backend_template", folder / "source")  # pip builds inside it
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", folder / "site"]
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *options, source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -90,36 +90,60 @@ def altered(example, tmp_path):
 
 def test_asked_first_answers_rightly_and_is_counted(example):
     found = example.call()
-    assert found["order"][0] == "numpy"
+    assert found["order"][0] == "template"
     assert found["order"][-1] == "reference"
-    assert found["verdicts"]["numpy"] == "chosen"
+    assert found["verdicts"]["template"] == "chosen"
     assert found["close"]
-    assert found["ledger"] == {"numpy": {"calls": 1, "why": {"first in order": 1}}}
+    assert found["ledger"] == {"template": {"calls": 1, "why": {"first in order": 1}}}
 
 
 def test_listed_by_doctor_and_explain(example):
     (plugin,) = example.json("doctor")["plugins"]
-    assert (plugin["backend"], plugin["package"]) == ("numpy", "llmkernels_numpy")
-    assert plugin["distribution"] == "llmkernels-numpy"
+    assert (plugin["backend"], plugin["package"]) == ("template", "llmkernels_template")
+    assert plugin["distribution"] == "llmkernels-template"
     assert plugin["problem"] is None
     candidates = example.json("explain", "silu_and_mul")["candidates"]
-    assert candidates[0] == {"backend": "numpy", "verdict": "chosen", "reasons": []}
+    assert candidates[0] == {"backend": "template", "verdict": "chosen", "reasons": []}
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "silu_and_mul"])
 def test_conformance(example, op):
-    report = example.json("conformance", "--backend", "numpy", "--op", op)
+    report = example.json("conformance", "--backend", "template", "--op", op)
     assert report["failed"] == 0
     verdicts = {dtype: {case["verdict"] for case in report["cases"] if case["dtype"] == dtype} for dtype in DTYPES}
     assert verdicts["float32"] == verdicts["float16"] == {"passed"}
     assert "refused" in verdicts["bfloat16"]  # NumPy has none
 
 
+def test_conformance_tells_what_is_left(example):
+    """Right, wrong, refused, missing: the loop in which a new backend is written."""
+    report = example.json("conformance", "--backend", "template", "--case", "rows=7")
+    assert {"rms_norm", "silu_and_mul"}.isdisjoint(report["missing"])
+    assert {"paged_attention", "quantized_gemm"} <= set(report["missing"])
+    done = example.run("-m", "llmkernels", "conformance", "--backend", "template", "--case", "rows=7")
+    assert not done.returncode, done.stderr
+    said = done.stdout
+    line = next(line for line in said.splitlines() if "paged_attention" in line)
+    assert "missing" in line
+    assert "write llmkernels_template/paged_attention.py" in said
+    assert "such as [DTYPE] x is bfloat16; takes float32 and float16; cast x to float32" in said
+    assert "ops missing" in said
+
+
+def test_conformance_tells_what_is_wrong(altered):
+    plugin = altered((f"{PACKAGE}/rms_norm.py", "np.square(s).mean(", "np.square(s).max("))
+    done = plugin.run(
+        "-m", "llmkernels", "conformance", "--backend", "template", "--op", "rms_norm", "--case", "rows=7"
+    )
+    assert done.returncode == 1
+    assert "failed rms_norm float32 rows=7-hidden=64" in done.stdout
+
+
 def test_named_in_the_environment(example):
-    found = example.call(LLMKERNELS_BACKEND="numpy")
-    assert found["ledger"] == {"numpy": {"calls": 1, "why": {"use() or LLMKERNELS_BACKEND": 1}}}
+    found = example.call(LLMKERNELS_BACKEND="template")
+    assert found["ledger"] == {"template": {"calls": 1, "why": {"use() or LLMKERNELS_BACKEND": 1}}}
     only = "import torch, llmkernels; llmkernels.rms_norm(torch.ones(2, 8).bfloat16(), torch.ones(8).bfloat16())"
-    done = example.run("-c", only, LLMKERNELS_BACKEND="numpy")
+    done = example.run("-c", only, LLMKERNELS_BACKEND="template")
     assert "Unsupported: rms_norm" in done.stderr  # named, it does not give way to another one
     assert "[DTYPE] x is bfloat16; takes float32 and float16; cast x to float32" in done.stderr
 
@@ -129,7 +153,7 @@ def test_an_unknown_name_is_one_line(example):
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "LLMKERNELS_BACKEND" in line
-    assert "'nunpy'; the backends are numpy," in line
+    assert "'nunpy'; the backends are template," in line
 
 
 @pytest.mark.parametrize(
@@ -142,11 +166,11 @@ def test_an_unknown_name_is_one_line(example):
 def test_one_that_cannot_be_imported_is_listed_as_absent(altered, broken, says):
     plugin = altered((f"{PACKAGE}/__init__.py", "ARRAYS = (", f"{broken}\nARRAYS = ("))
     found = plugin.call()
-    ((code, reason),) = found["reasons"]["numpy"]
+    ((code, reason),) = found["reasons"]["template"]
     assert code == "ABSENT"
     assert says in reason
     assert found["close"]
-    assert "numpy" not in found["ledger"]
+    assert "template" not in found["ledger"]
     facts = plugin.json("doctor")
     assert says in facts["plugins"][0]["problem"]
     assert any(says in problem for problem in facts["problems"])
@@ -157,21 +181,21 @@ def test_a_wrong_kernel_is_never_chosen(altered):
     plugin = altered(NATIVE, (f"{PACKAGE}/rms_norm.py", "np.square(s).mean(", "np.square(s).max("))
     for _ in range(2):  # the second process finds the verdict of the first
         found = plugin.call()
-        ((code, reason),) = found["reasons"]["numpy"]
+        ((code, reason),) = found["reasons"]["template"]
         assert code == "PARITY"
         assert "first-use check" in reason
         assert found["close"]
-        assert "numpy" not in found["ledger"]
+        assert "template" not in found["ledger"]
         assert any(plugin.cache.iterdir())
-    named = plugin.run("-c", CALL, LLMKERNELS_BACKEND="numpy")
+    named = plugin.run("-c", CALL, LLMKERNELS_BACKEND="template")
     assert "Unsupported" in named.stderr
     assert "[PARITY]" in named.stderr
-    assert plugin.call(LLMKERNELS_VERIFY="0")["verdicts"]["numpy"] == "chosen"  # who switches the check off gets it
+    assert plugin.call(LLMKERNELS_VERIFY="0")["verdicts"]["template"] == "chosen"  # who switches the check off gets it
 
 
 def test_a_right_kernel_passes_the_first_use_check(altered):
     plugin = altered(NATIVE)
-    assert plugin.call()["verdicts"]["numpy"] == "chosen"
+    assert plugin.call()["verdicts"]["template"] == "chosen"
     assert any(plugin.cache.iterdir())
 
 
@@ -184,7 +208,7 @@ def test_a_bug_in_refuse_is_an_error(altered):
 
 
 def test_a_name_that_is_taken_is_an_error(altered):
-    plugin = altered(("*.dist-info/entry_points.txt", "numpy = ", "vendor = "))
+    plugin = altered(("*.dist-info/entry_points.txt", "template = ", "vendor = "))
     done = plugin.run("-m", "llmkernels", "explain", "rms_norm")
     assert done.returncode == 2
     assert "calls itself 'vendor', which is taken; rename its entry point" in done.stderr

@@ -217,6 +217,17 @@ def test_a_broken_call_after_a_good_one_of_the_same_shape_still_raises(plug_in):
         llmkernels.rms_norm(X, W.to("meta"))
 
 
+def test_what_is_remembered_has_a_bound(monkeypatch):
+    """An engine that gives a bound which grows with each step makes a new kind of call each time."""
+    monkeypatch.setattr("llmkernels.dispatch.KEYS", 5)
+    for bound in range(6, 26):
+        llmkernels.paged_attention(*ATTENTION, max_seqlen_k=bound)
+    assert len(llmkernels.paged_attention.forget.__self__) == 5
+    llmkernels.ledger.reset()
+    llmkernels.paged_attention(*ATTENTION, max_seqlen_k=25)
+    assert sum(row["calls"] for row in llmkernels.ledger.read()["paged_attention"].values()) == 1
+
+
 def test_a_remembered_call_is_refused_once_gradients_are_wanted(plug_in):
     plug_in(answer_seven)
     gain = torch.nn.Parameter(W)

@@ -8,6 +8,7 @@ from importlib import util
 from pathlib import Path
 
 ARRAYS = ("torch",)
+DEVICES = ("cpu",)
 NATIVE = True
 
 

@@ -42,7 +42,7 @@ def _pack(weight, gated):
     scheme, (features, columns) = weight.scheme, weight.shape
     channels = _channels(features, gated)
     storage = _storage(scheme)
-    values = STORE[storage](_rows(weight.values.view(torch.uint8), channels), columns)
+    values = _store(storage)(_rows(weight.values.view(torch.uint8), channels), columns)
     scales, zeros = _scales(weight), weight.zeros
     if storage == "float8":  # a NaN among the codes makes its output NaN, and so does a NaN among the scales
         broken = ((weight.values.view(torch.uint8) & 127) == 127).any(1)
@@ -105,10 +105,19 @@ def _columns(bytes_, columns):
     return functional.pad(bytes_, (0, -columns % 8)).transpose(1, 2).contiguous()
 
 
-STORE = {
-    "int4": _nibbles, "int4_products": _nibbles, "fp4": _nibbles,
-    "int8": _columns, "float8": _columns, "int8_products": _quads,
-}  # fmt: skip
+def _twos(bytes_, columns):
+    """[panels, 64, columns] -> [panels, columns / 2, 64, 2]."""
+    padded = functional.pad(bytes_, (0, -columns % 8))
+    return padded.unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+
+
+def _store(storage):
+    """The function that lays out values for the instruction set whose kernels will read them."""
+    if storage in ("int4", "int4_products", "fp4"):
+        return _nibbles
+    if storage == "int8_products":
+        return _quads
+    return _twos if _native.isa() == "avx512" else _columns
 
 
 def _scales(weight):

@@ -8,6 +8,7 @@ from ._packing import packed
 
 TRAITS = {"deterministic": True, "batch_invariant": True, "accumulate": "float32"}
 NO_NORM = (_native.NORM["none"], 0, 0, 0.0)
+NO_ACTIVATION = _native.ACTIVATION["none"]
 
 
 def refuse(x, weight, *, bias):
@@ -19,6 +20,6 @@ def run(x, weight, *, bias):
     rows, form, added = matrix(x), packed(weight, False), None if bias is None else bias.contiguous()
     _native.gemm(
         *form.arguments, *NO_NORM, DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), 0, 0, 0, rows.shape[0],
-        pointer(added), _native.ACTIVATION["none"], y.data_ptr(), torch.get_num_threads(),
+        pointer(added), NO_ACTIVATION, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y

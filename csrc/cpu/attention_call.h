@@ -37,9 +37,9 @@ struct AttentionCall {
   float* lse;
 };
 
-// Rows first_row to end_row of a sequence over its keys first_key to end_key, of one KV head.
+// Rows first_row to end_row of a sequence over its keys first_key to end_key, of `heads` KV heads from `head` on.
 struct Unit {
-  int64_t seq, first_row, end_row, first_key, end_key, head;
+  int64_t seq, first_row, end_row, first_key, end_key, head, heads;
   int64_t rows() const { return end_row - first_row; }
   int64_t keys() const { return end_key - first_key; }
 };
@@ -48,25 +48,42 @@ struct Unit {
 struct Partial {
   float *largest, *total, *values;  // [rows], [rows], [rows, stride]
   int64_t stride;
+  void clear(int64_t row, int64_t width) const {
+    largest[row] = -INFINITY;
+    total[row] = 0;
+    for (int64_t i = 0; i < width; i += kLanes) store(values + row * stride + i, zeros());
+  }
+};
+
+// Arrays out of one piece of memory, each at the start of a cache line.
+struct Carver {
+  uintptr_t end;
+  template <class X>
+  void take(X*& pointer, int64_t count) {
+    pointer = reinterpret_cast<X*>(end);
+    end += ceil_div(count * sizeof(X), 64) * 64;
+  }
 };
 
 // The keys lo to hi that a row sees; of the new tokens only those in its tree, where there is one.
 struct Visible {
   int64_t lo, hi, position, first_new;
   const uint32_t* tree;
-  float slope;
 };
 
-LLMKERNELS_INLINE Visible visible(const AttentionCall& call, int64_t seq, int64_t head, int64_t row) {
+LLMKERNELS_INLINE Visible visible(const AttentionCall& call, int64_t seq, int64_t row) {
   const int64_t begin = call.cu_seqlens_q[seq], fresh = call.cu_seqlens_q[seq + 1] - begin;
   const int64_t length = call.seq_lens[seq], token = row / call.group;
-  Visible seen{0, length, length - fresh + token, length - fresh, nullptr, 0};
+  Visible seen{0, length, length - fresh + token, length - fresh, nullptr};
   if (call.tree_mask) seen.tree = call.tree_mask + (begin + token) * call.tree_words;
   if (call.causal && !seen.tree) seen.hi = seen.position + 1;
   if (call.left >= 0) seen.lo = most<int64_t>(0, seen.position - call.left);
   if (call.right >= 0) seen.hi = least(seen.hi, seen.position + call.right + 1);
-  if (call.alibi_slopes) seen.slope = call.alibi_slopes[head * call.group + row % call.group];
   return seen;
+}
+
+LLMKERNELS_INLINE float slope(const AttentionCall& call, int64_t head, int64_t row) {
+  return call.alibi_slopes ? call.alibi_slopes[head * call.group + row % call.group] : 0.0f;
 }
 
 // Addresses of `count` consecutive keys or values of one head; false where the block table leaves the cache.
@@ -85,12 +102,13 @@ bool addresses(const AttentionCall& call, const Unit& unit, bool values, int64_t
   return true;
 }
 
-// Asks for a row before it is needed.  The empty statement keeps GCC from deleting a loop that computes nothing.
+// Asks for a row to be in the second cache before it is needed.  The empty statement keeps GCC from deleting a loop that
+// computes nothing.
 template <class T>
 LLMKERNELS_INLINE void prefetch_row(const T* row, int64_t width) {
   const char* bytes = reinterpret_cast<const char*>(row);
   for (int64_t line = 0; line < width * int64_t(sizeof(T)); line += 64) {
-    __builtin_prefetch(bytes + line);
+    __builtin_prefetch(bytes + line, 0, 2);
     asm volatile("");
   }
 }
@@ -99,26 +117,35 @@ constexpr float kNothing = -INFINITY;
 
 // Products q . k of one row with the keys from `first` on become scores, those unseen -inf.  Returns the largest.
 // count is a multiple of kLanes; what stands behind the last key counts as unseen.
-LLMKERNELS_INLINE float finish_scores(const AttentionCall& call, const Visible& seen, float scale, int64_t first,
-                                      int64_t count, float* scores) {
+LLMKERNELS_INLINE float finish_scores(const AttentionCall& call, const Visible& seen, float scale, float slope,
+                                      int64_t first, int64_t count, float* scores) {
+  const auto every = [&](auto change) {
+    Floats top = broadcast(kNothing);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats changed = change(load(scores + i));
+      store(scores + i, changed);
+      top = max(top, changed);
+    }
+    return largest(top);
+  };
+  const int64_t lo = seen.lo - first, hi = seen.hi - first, fresh = seen.first_new - first;
+  const bool all_seen = lo <= 0 && hi >= count && !(seen.tree && fresh < count);
+  if (all_seen && call.soft_cap == 0 && !call.alibi_slopes)
+    return every([&](Floats s) { return s * broadcast(scale); });
   if (call.soft_cap > 0) {
     const Floats inner = broadcast(scale / call.soft_cap), cap = broadcast(call.soft_cap);
-    for (int64_t i = 0; i < count; i += kLanes) store(scores + i, cap * tanh(load(scores + i) * inner));
+    every([&](Floats s) { return cap * tanh(s * inner); });
   } else {
-    for (int64_t i = 0; i < count; i += kLanes) store(scores + i, load(scores + i) * broadcast(scale));
+    every([&](Floats s) { return s * broadcast(scale); });
   }
   if (call.alibi_slopes)
-    for (int64_t i = 0; i < count; ++i) scores[i] += seen.slope * float(first + i - seen.position);
-  for (int64_t i = 0; i < least(count, seen.lo - first); ++i) scores[i] = kNothing;
-  for (int64_t i = most<int64_t>(0, seen.hi - first); i < count; ++i) scores[i] = kNothing;
+    for (int64_t i = 0; i < count; ++i) scores[i] += slope * float(first + i - seen.position);
+  for (int64_t i = 0; i < least(count, lo); ++i) scores[i] = kNothing;
+  for (int64_t i = most<int64_t>(0, hi); i < count; ++i) scores[i] = kNothing;
   if (seen.tree)
-    for (int64_t i = most<int64_t>(0, seen.first_new - first); i < least(count, seen.hi - first); ++i) {
-      const int64_t token = first + i - seen.first_new;
-      if (!(seen.tree[token / 32] >> (token % 32) & 1)) scores[i] = kNothing;
-    }
-  Floats top = broadcast(kNothing);
-  for (int64_t i = 0; i < count; i += kLanes) top = max(top, load(scores + i));
-  return largest(top);
+    for (int64_t i = most<int64_t>(0, fresh); i < least(count, hi); ++i)
+      if (!(seen.tree[(i - fresh) / 32] >> ((i - fresh) % 32) & 1)) scores[i] = kNothing;
+  return every([](Floats s) { return s; });
 }
 
 // exp(score - largest) in `weights`, which may be the scores; returns their sum.
@@ -135,9 +162,9 @@ LLMKERNELS_INLINE float exponentials(const float* scores, int64_t count, float l
 }
 
 // The address of a row's query, in elements of q.
-LLMKERNELS_INLINE int64_t query_offset(const AttentionCall& call, const Unit& unit, int64_t row) {
-  const int64_t token = call.cu_seqlens_q[unit.seq] + row / call.group;
-  return token * call.q_token + (unit.head * call.group + row % call.group) * call.q_head;
+LLMKERNELS_INLINE int64_t query_offset(const AttentionCall& call, int64_t seq, int64_t head, int64_t row) {
+  const int64_t token = call.cu_seqlens_q[seq] + row / call.group;
+  return token * call.q_token + (head * call.group + row % call.group) * call.q_head;
 }
 
 LLMKERNELS_INLINE float score_scale(const AttentionCall& call, int64_t head) {

@@ -42,20 +42,17 @@ struct ManyBuffers {
   uintptr_t end;
 
   ManyBuffers(const AttentionCall& call, char* memory)
-      : depth(ceil_div(call.dim, kDepth)), width(ceil_div(call.v_dim, kLanes) * kLanes), end(uintptr_t(memory)) {
-    take(queries, kManyRows * depth * kDepth);
-    take(keys, depth * kTileKeys * kDepth);
-    take(values, width * kTileKeys);
-    take(weights, kManyRows * kTileKeys);
-    take(row, depth * kDepth);
-    take(scores, kManyRows * kTileKeys);
-    take(rescale, kManyRows);
-    take(list, kTileKeys);
-  }
-  template <class X>
-  void take(X*& pointer, int64_t count) {
-    pointer = reinterpret_cast<X*>(end);
-    end += ceil_div(count * sizeof(X), 64) * 64;
+      : depth(ceil_div(call.dim, kDepth)), width(ceil_div(call.v_dim, kLanes) * kLanes) {
+    Carver carver{uintptr_t(memory)};
+    carver.take(queries, kManyRows * depth * kDepth);
+    carver.take(keys, depth * kTileKeys * kDepth);
+    carver.take(values, width * kTileKeys);
+    carver.take(weights, kManyRows * kTileKeys);
+    carver.take(row, depth * kDepth);
+    carver.take(scores, kManyRows * kTileKeys);
+    carver.take(rescale, kManyRows);
+    carver.take(list, kTileKeys);
+    end = carver.end;
   }
 };
 
@@ -72,28 +69,34 @@ void pack_keys(const AttentionCall& call, const ManyBuffers<T, kPaired>& to, int
   static_assert(kDepth * sizeof(typename ManyBuffers<T, kPaired>::Element) == sizeof(uint32_t));
 }
 
+// to[c] = the pair of a[c] and b[c]; b may be null, which is zeros.
+inline void pack_pairs(const bf16* a, const bf16* b, int64_t width, bf16* to) {
+  int64_t c = 0;
+  for (; b && c + kTwoLanes <= width; c += kTwoLanes) {
+    const Pairs one = load_pairs(a + c), other = load_pairs(b + c);
+    Floats first = bit_cast<Floats>(even_pairs(one, other)), second = bit_cast<Floats>(odd_pairs(one, other));
+    interleave(first, second);
+    store(reinterpret_cast<float*>(to + 2 * c), first);
+    store(reinterpret_cast<float*>(to + 2 * c) + kLanes, second);
+  }
+  for (; c < width; ++c) to[2 * c] = a[c], to[2 * c + 1] = b ? b[c] : bf16{0};
+}
+
 // values[j, c], in pairs values[j / 2, c, j % 2]; rows behind the last are zero: their weight is, but 0 * NaN is not.
 template <class T, bool kPaired>
 void pack_values(const AttentionCall& call, const ManyBuffers<T, kPaired>& to, int64_t count) {
-  if constexpr (ManyBuffers<T, kPaired>::kDepth == 1) {
-    for (int64_t j = 0; j < count; ++j) convert(to.list[j], call.v_dim, to.values + j * to.width);
-    for (float* at = to.values + count * to.width; at < to.values + kTileKeys * to.width; ++at) *at = 0;
-  } else {
-    for (int64_t j = 0; j < kTileKeys; j += 2) {
-      bf16* pair = to.values + j * to.width;
-      const bf16 none{0};
-      const bf16 *first = to.list[j], *second = to.list[j + 1 < count ? j + 1 : j];
-      if (j + 1 < count) {
-        for (int64_t c = 0; c < call.v_dim; ++c) pair[2 * c] = first[c], pair[2 * c + 1] = second[c];
-      } else {
-        for (int64_t c = 0; c < call.v_dim; ++c) pair[2 * c] = j < count ? first[c] : none, pair[2 * c + 1] = none;
-      }
-    }
+  constexpr int kDepth = ManyBuffers<T, kPaired>::kDepth;
+  for (int64_t j = 0; j < count; j += kDepth) {
+    auto* row = to.values + j * to.width;
+    if constexpr (kDepth == 1) convert(to.list[j], call.v_dim, row);
+    else pack_pairs(to.list[j], j + 1 < count ? to.list[j + 1] : nullptr, call.v_dim, row);
   }
+  const int64_t packed = ceil_div(count, kDepth) * kDepth;
+  std::memset(to.values + packed * to.width, 0, (kTileKeys - packed) * to.width * sizeof(*to.values));
 }
 
 template <class T, bool kPaired>
-Status attend_many(const AttentionCall& call, const Unit& unit, char* memory, Partial found) {
+Status attend_head(const AttentionCall& call, const Unit& unit, char* memory, Partial found) {
   using Cells = CellsOf<kPaired>;
   using Element = typename Cells::Element;
   constexpr int kDepth = Cells::kDepth;
@@ -107,12 +110,10 @@ Status attend_many(const AttentionCall& call, const Unit& unit, char* memory, Pa
     query[to.depth * kDepth - 1] = Element{};
     with_float(call.q_dtype, [&](auto element) {
       const auto* q = static_cast<const decltype(element)*>(call.q);
-      convert(q + query_offset(call, unit, unit.first_row + r), call.dim, query);
+      convert(q + query_offset(call, unit.seq, unit.head, unit.first_row + r), call.dim, query);
       return kOk;
     });
-    found.largest[r] = kNothing;
-    found.total[r] = 0;
-    for (int64_t i = 0; i < to.width; i += kLanes) store(found.values + r * found.stride + i, zeros());
+    found.clear(r, to.width);
   }
   for (int64_t first = unit.first_key; first < unit.end_key; first += kTileKeys) {
     const int64_t count = least(kTileKeys, unit.end_key - first);
@@ -121,10 +122,11 @@ Status attend_many(const AttentionCall& call, const Unit& unit, char* memory, Pa
     multiply<Cells>(rows, kTileKeys, to.queries, to.depth, to.keys, kTileKeys, to.depth, nullptr, to.scores, kTileKeys);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = to.scores + r * kTileKeys;
-      Visible seen = visible(call, unit.seq, unit.head, unit.first_row + r);
+      Visible seen = visible(call, unit.seq, unit.first_row + r);
       seen.hi = least(seen.hi, first + count);
       const float before = found.largest[r];
-      const float top = most(before, finish_scores(call, seen, scale, first, kTileKeys, scores));
+      const float bias = slope(call, unit.head, unit.first_row + r);
+      const float top = most(before, finish_scores(call, seen, scale, bias, first, kTileKeys, scores));
       const float fade = before == kNothing ? 0.0f : expf(before - top);
       found.largest[r] = top;
       found.total[r] = fade * found.total[r] + exponentials(scores, kTileKeys, top, to.weights + r * kTileKeys);
@@ -136,6 +138,15 @@ Status attend_many(const AttentionCall& call, const Unit& unit, char* memory, Pa
                     found.values, found.stride);
   }
   return kOk;
+}
+
+// found(head): the Partial of each of the unit's heads.
+template <class T, bool kPaired, class Found>
+Status attend_many(const AttentionCall& call, Unit unit, char* memory, Found found) {
+  Status status = kOk;
+  for (const int64_t end = unit.head + unit.heads; status == kOk && unit.head < end; ++unit.head)
+    status = attend_head<T, kPaired>(call, unit, memory, found(unit.head));
+  return status;
 }
 
 }  // namespace llmkernels::LLMKERNELS_ISA

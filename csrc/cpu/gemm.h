@@ -20,27 +20,31 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 constexpr int kBlock = 256;     // rows of a unit: 64 KiB of totals
 constexpr int kPrepared = 512;  // rows prepared at a time
-constexpr int kFewDense = kPairDot ? 16 : 32;  // rows up to which a dense weight is read as it lies
+constexpr int kFewDense = 64;   // rows up to which a dense weight is read as it lies
 
 // What a unit needs for itself.
 struct Bench {
   alignas(64) float totals[kBlock * kPanel];
   alignas(64) uint8_t panel[kChunk<float> * kPanel * sizeof(float)];
-  alignas(64) float scales[kPanel];
-  alignas(64) float offsets[kPanel];
+  alignas(64) float scales[kAbreast * kPanel];
+  alignas(64) float offsets[kAbreast * kPanel];
 };
 
-// Scales and offsets of one group of a panel.
-inline void load_group(const GemmCall& call, int64_t panel, int64_t group, float nothing, float offset, Bench& bench) {
-  const int64_t at = (panel * call.groups() + group) * kPanel;
-  with_float(call.scales_dtype, [&](auto element) {
-    const auto* scales = static_cast<const decltype(element)*>(call.scales) + at;
-    for (int c = 0; c < kPanel; c += kLanes) store(bench.scales + c, load(scales + c));
-    return kOk;
-  });
-  for (int c = 0; c < kPanel; c += kLanes) {
-    const Floats zero = call.zero_points ? load(call.zero_points + at + c) : broadcast(nothing);
-    store(bench.offsets + c, zero + broadcast(offset));
+// Scales and offsets of one group of `panels` panels.
+inline void load_group(const GemmCall& call, int64_t panel, int panels, int64_t group, float nothing, float offset,
+                       Bench& bench) {
+  for (int p = 0; p < panels; ++p) {
+    const int64_t at = ((panel + p) * call.groups() + group) * kPanel;
+    float *to_scales = bench.scales + p * kPanel, *to_offsets = bench.offsets + p * kPanel;
+    with_float(call.scales_dtype, [&](auto element) {
+      const auto* scales = static_cast<const decltype(element)*>(call.scales) + at;
+      for (int c = 0; c < kPanel; c += kLanes) store(to_scales + c, load(scales + c));
+      return kOk;
+    });
+    for (int c = 0; c < kPanel; c += kLanes) {
+      const Floats zero = call.zero_points ? load(call.zero_points + at + c) : broadcast(nothing);
+      store(to_offsets + c, zero + broadcast(offset));
+    }
   }
 }
 
@@ -51,19 +55,26 @@ struct PackedWeight {
   static constexpr const int* kOrder = Source::kOrder;
   static constexpr bool kScaled = __is_same(Source, Int4Scaled);
   static int64_t chunk(const GemmCall& call) { return call.group ? least(call.group, kChunk<Input>) : kChunk<Input>; }
+  static int64_t line(const GemmCall&) { return kChunk<Input>; }
+  // Panels of a unit: two of few rows, unless threads would go without work.
+  static int abreast(const GemmCall& call) {
+    return call.rows <= 2 && call.panels() >= 2 * kAbreast * call.threads ? kAbreast : 1;
+  }
 
-  static void multiply(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, Bench& bench) {
+  static void multiply(const GemmCall& call, int64_t panel, int panels, const Rows<Input>& x, int64_t first, int rows,
+                       Bench& bench) {
     constexpr int kColumnBytes = Source::kBytes / (Source::kParts * Source::kColumns);  // of all 64 channels
     const bool nibbles = call.storage == kInt4Panels || call.storage == kFp4Panels || call.storage == kInt4Products;
-    const uint8_t* values = static_cast<const uint8_t*>(call.values) + panel * call.padded() * kColumnBytes;
-    Source source{Stored{values, bench.offsets}};
+    const int64_t panel_bytes = call.padded() * kColumnBytes;
+    const uint8_t* values = static_cast<const uint8_t*>(call.values) + panel * panel_bytes;
+    Source source{Stored{values, bench.offsets, panel_bytes}};
     for (int64_t c = 0; c < x.chunks; ++c) {
       const int64_t column = c * x.chunk, at = c * x.count + first;
       if (c == 0 || (call.group && column % call.group == 0))
-        load_group(call, panel, call.group ? column / call.group : 0, nibbles ? 8.0f : 0.0f, Source::kOffset, bench);
+        load_group(call, panel, panels, call.group ? column / call.group : 0, nibbles ? 8.0f : 0.0f, Source::kOffset, bench);
       source.values = values + column * kColumnBytes;
       const Scaling scaling{bench.scales, bench.offsets, x.factors + at, x.sums + at};
-      multiply_chunk(source, x.at(c, first), x.chunk, rows, least(x.chunk, call.padded() - column), scaling, bench.totals,
+      multiply_chunk(source, x.at(c, first), panels, rows, least(x.chunk, call.padded() - column), scaling, bench.totals,
                      bench.panel);
     }
   }
@@ -75,19 +86,18 @@ struct DenseWeight {
   using Input = typename Panel::Input;
   static constexpr const int* kOrder = kInOrder;
   static constexpr bool kScaled = false;
-  static bool few(const GemmCall& call) { return __is_same(Input, float) && call.rows <= kFewDense; }
+  static bool few(const GemmCall& call) { return call.rows <= kFewDense; }
   static int64_t chunk(const GemmCall& call) { return few(call) ? most<int64_t>(call.padded(), 8) : kChunk<Input>; }
+  static int64_t line(const GemmCall& call) { return chunk(call); }
+  static int abreast(const GemmCall&) { return 1; }
 
-  static void multiply(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, Bench& bench) {
-    if constexpr (__is_same(Input, float)) {
-      if (few(call)) return multiply_dense_few<T>(call, panel, x, first, rows, bench.totals);
-    }
+  static void multiply(const GemmCall& call, int64_t panel, int, const Rows<Input>& x, int64_t first, int rows, Bench& bench) {
+    if (few(call)) return multiply_dense_few<T>(call, panel, x, first, rows, bench.totals);
     for (int c = 0; c < kPanel; ++c) bench.scales[c] = 1.0f;
     for (int64_t c = 0; c < x.chunks; ++c) {
       const int64_t at = c * x.count + first;
       const Scaling scaling{bench.scales, nullptr, x.factors + at, x.sums + at};
-      multiply_dense_chunk<Panel, T>(call, panel, c * x.chunk, x.at(c, first), x.chunk, rows, scaling, bench.totals,
-                                     bench.panel);
+      multiply_dense_chunk<Panel, T>(call, panel, c * x.chunk, x.at(c, first), rows, scaling, bench.totals, bench.panel);
     }
   }
 };
@@ -99,7 +109,7 @@ Status multiply(const GemmCall& call) {
   bool starved = false;
   for (int64_t begin = 0; begin < call.rows; begin += kPrepared) {
     const int64_t count = least<int64_t>(kPrepared, call.rows - begin);
-    Rows<Input> x(count, Weight::chunk(call), padded);
+    Rows<Input> x(count, Weight::chunk(call), Weight::line(call), padded);
     void* memory = scratch(kShared, most<int64_t>(x.bytes(), 1));
     if (!memory) return kOutOfMemory;
     x.place(memory);
@@ -109,14 +119,16 @@ Status multiply(const GemmCall& call) {
       for (int64_t row = from; row < to; ++row) prepare_row<Weight, T>(call, begin + row, x, row, work);
     });
     const int64_t blocks = ceil_div(count, int64_t{kBlock}), work = count * padded * kPanel;
-    parallel_tasks(call.panels() * blocks, work < kGrain ? 1 : call.threads, [&](int64_t task) {
+    const int64_t abreast = Weight::abreast(call), units = ceil_div(call.panels(), abreast);
+    parallel_tasks(units * blocks, work < kGrain ? 1 : call.threads, [&](int64_t task) {
       Bench* bench = static_cast<Bench*>(scratch(kOwn, sizeof(Bench)));
       if (!bench || starved) return __atomic_store_n(&starved, true, __ATOMIC_RELAXED);
-      const int64_t panel = task / blocks, first = task % blocks * kBlock;
-      const int rows = int(least<int64_t>(kBlock, count - first));
-      std::memset(bench->totals, 0, rows * kPanel * sizeof(float));
-      Weight::multiply(call, panel, x, first, rows, *bench);
-      for (int row = 0; row < rows; ++row) store_row<T>(call, panel, begin + first + row, bench->totals + row * kPanel);
+      const int64_t panel = task / blocks * abreast, first = task % blocks * kBlock;
+      const int rows = int(least<int64_t>(kBlock, count - first)), panels = int(least(abreast, call.panels() - panel));
+      std::memset(bench->totals, 0, panels * rows * kPanel * sizeof(float));
+      Weight::multiply(call, panel, panels, x, first, rows, *bench);
+      for (int row = 0; row < panels * rows; ++row)
+        store_row<T>(call, panel + row / rows, begin + first + row % rows, bench->totals + row * kPanel);
     });
     if (starved) return kOutOfMemory;
   }
@@ -128,6 +140,9 @@ Status multiply(const GemmCall& call) {
 template <class T>
 Status multiply_as_stored(const GemmCall& call) {
 #if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, bf16)) {
+    if (call.storage == kDense) return multiply<DenseWeight<PanelPairs, T>, T>(call);
+  }
   if (__is_same(T, bf16) || call.rounding == kToFloat8) {
     switch (call.storage) {
       case kInt4Panels:
@@ -135,24 +150,23 @@ Status multiply_as_stored(const GemmCall& call) {
       case kFp4Panels:
         return multiply<PackedWeight<NibblePairs<false>>, T>(call);
       case kInt8Panels:
-        return multiply<PackedWeight<ColumnPairs<int8_t>>, T>(call);
+        return multiply<PackedWeight<TwoPairs<int8_t>>, T>(call);
       case kFloat8Panels:
-        return multiply<PackedWeight<ColumnPairs<e4m3>>, T>(call);
+        return multiply<PackedWeight<TwoPairs<e4m3>>, T>(call);
     }
-    if (call.storage == kDense && call.rows > kFewDense) return multiply<DenseWeight<PanelPairs, T>, T>(call);
   }
 #endif
   switch (call.storage) {
     case kDense:
-      return multiply<DenseWeight<ColumnFloats<float>, T>, T>(call);
+      return multiply<DenseWeight<PanelFloats, T>, T>(call);
     case kInt4Panels:
       return multiply<PackedWeight<std::conditional_t<__is_same(T, float), Int4Floats, Int4Scaled>>, T>(call);
     case kFp4Panels:
       return multiply<PackedWeight<Fp4Floats>, T>(call);
     case kInt8Panels:
-      return multiply<PackedWeight<ColumnFloats<int8_t>>, T>(call);
+      return multiply<PackedWeight<ByteFloats<int8_t>>, T>(call);
     case kFloat8Panels:
-      return multiply<PackedWeight<ColumnFloats<e4m3>>, T>(call);
+      return multiply<PackedWeight<ByteFloats<e4m3>>, T>(call);
     case kInt4Products:
       return multiply<PackedWeight<Int4Bytes>, T>(call);
     case kInt8Products:

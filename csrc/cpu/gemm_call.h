@@ -21,6 +21,8 @@ template <class Input>
 constexpr int64_t kChunk = 128;
 template <>
 constexpr int64_t kChunk<float> = 64;
+template <>
+constexpr int64_t kChunk<int8_t> = 256;
 
 // The arguments of table.h, under its names.
 struct GemmCall {

@@ -6,8 +6,10 @@
 //   nibble(w, i, high)    the float 0..15 of bits 4i .. 4i+3, minus (high - 2^23): one `or` and one subtraction, exact
 //   nibble_in_place(w, i) the number of those bits times 16^(i % 4): neither shifted nor offset
 //   fp4(w, i)             the e2m1 number in bits 4i .. 4i+3
-//   Bytes, nibble_bytes   eight codes a lane as bytes: the even columns, then the odd ones
-//   dot(sum, codes, x)    sum + codes . x in int32, x being 8 (Bytes) or 4 (Quads) activations shared by all lanes
+//   Bytes, nibble_bytes   eight codes a lane as bytes: the even columns, then the odd ones, in kByteParts parts
+//   dot(sum, codes, x)    sum + codes . x in int32, x being 8 / kByteParts (Bytes) or 4 (Quads) activations of all lanes
+//   byte_pairs(p)         a lane's two bytes, int8 or e4m3, as bfloat16; of e4m3, 1/256 of the number, and no NaN
+//   load_codes(p)         a lane's byte as a float, where bytes are not read in pairs
 #pragma once
 #include "cpu/simd.h"
 
@@ -56,22 +58,34 @@ LLMKERNELS_INLINE CodeTable code_table(bool integers) {
 LLMKERNELS_INLINE Pairs nibble_pairs(Words w, int i, CodeTable table) {
   return {_mm512_permutexvar_epi16(_mm512_srli_epi32(w, 4 * i), table.values)};
 }
-// Two columns of numbers that bfloat16 holds exactly.
-LLMKERNELS_INLINE Pairs exact_pairs(Floats first, Floats second) {
-  const Words high = _mm512_and_si512(_mm512_castps_si512(second), _mm512_set1_epi32(int(0xffff0000)));
-  return {_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), high)};
+// Whole numbers of 8 bits are exact in bfloat16.  Two lanes of float32 become one of the result.
+LLMKERNELS_INLINE Pairs byte_pairs(const int8_t* from) {
+  const auto eight = [](const int8_t* at) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+  };
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(eight(from + kLanes), eight(from)))};
+}
+// Exponent and mantissa move into place, and three bits above them lift the exponent from a bias of 7 to 15, 256 times too
+// little.  That is right for normal numbers; of the eight subnormal ones, what is too much is looked up.
+LLMKERNELS_INLINE Pairs byte_pairs(const e4m3* from) {
+  alignas(64) static constexpr uint16_t kTooMuch[32] = {0x3800, 0x110, 0xa0, 0x70, 0x40, 0x30, 0x20, 0x10};
+  const Words code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const Words place = _mm512_set1_epi16(int16_t(0x87f0)), lift = _mm512_set1_epi16(0x3800);
+  const Words normal = _mm512_ternarylogic_epi32(_mm512_slli_epi16(code, 4), place, lift, 0xea);  // a & b | c
+  const Words magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+  const Words entry = _mm512_min_epu16(magnitude, _mm512_set1_epi16(31));
+  return {_mm512_sub_epi16(normal, _mm512_permutexvar_epi16(entry, _mm512_load_si512(kTooMuch)))};
 }
 
 struct Bytes {
-  Words even, odd;
+  Words codes;
 };
-LLMKERNELS_INLINE Bytes nibble_bytes(Words w) {
-  const Words low = _mm512_set1_epi8(15);
-  return {_mm512_and_si512(w, low), _mm512_and_si512(_mm512_srli_epi16(w, 4), low)};
+constexpr int kByteParts = 2;
+LLMKERNELS_INLINE Bytes nibble_bytes(Words w, int part) {
+  return {_mm512_and_si512(part ? _mm512_srli_epi16(w, 4) : w, _mm512_set1_epi8(15))};
 }
 LLMKERNELS_INLINE Words dot(Words sum, Bytes codes, const int8_t* x) {
-  sum = _mm512_dpbusd_epi32(sum, codes.even, _mm512_set1_epi32(read<int>(x)));
-  return _mm512_dpbusd_epi32(sum, codes.odd, _mm512_set1_epi32(read<int>(x + 4)));
+  return _mm512_dpbusd_epi32(sum, codes.codes, _mm512_set1_epi32(read<int>(x)));
 }
 
 // The instruction takes one unsigned side: codes + 128.  What that adds is taken off with the zero point.
@@ -111,10 +125,17 @@ LLMKERNELS_INLINE Floats fp4(Words w, int i) {  // the permutation reads three b
   return _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign));
 }
 
+LLMKERNELS_INLINE Floats load_codes(const int8_t* from) { return load(from); }
+LLMKERNELS_INLINE Floats load_codes(const e4m3* from) {  // float16 has one bit more of exponent, below the sign
+  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(int16_t(0xbfff))));
+}
+
 struct Bytes {
   Words even, odd;
 };
-LLMKERNELS_INLINE Bytes nibble_bytes(Words w) {
+constexpr int kByteParts = 1;
+LLMKERNELS_INLINE Bytes nibble_bytes(Words w, int) {
   const Words low = _mm256_set1_epi8(15);
   return {_mm256_and_si256(w, low), _mm256_and_si256(_mm256_srli_epi16(w, 4), low)};
 }
@@ -158,11 +179,15 @@ LLMKERNELS_INLINE Floats fp4(Words w, int i) {  // twice the number is the whole
   return Floats{kValues[code[0]], kValues[code[1]], kValues[code[2]], kValues[code[3]]};
 }
 
+LLMKERNELS_INLINE Floats load_codes(const int8_t* from) { return load(from); }
+LLMKERNELS_INLINE Floats load_codes(const e4m3* from) { return load(from) * broadcast(1.0f / 256); }
+
 // Columns i and i + 2 of four, as the two halves of each lane, are multiplied one by one.
 struct Bytes {
   Words codes;
 };
-LLMKERNELS_INLINE Bytes nibble_bytes(Words w) { return {w}; }
+constexpr int kByteParts = 1;
+LLMKERNELS_INLINE Bytes nibble_bytes(Words w, int) { return {w}; }
 LLMKERNELS_INLINE Words dot(Words sum, Bytes codes, const int8_t* x) {
   for (int i = 0; i < 4; ++i) {
     sum += ((codes.codes >> (8 * i)) & 15) * uint32_t(int32_t(x[i]));
@@ -183,23 +208,6 @@ LLMKERNELS_INLINE Words dot(Words sum, Quads codes, const QuadInput* x) {
   return sum;
 }
 
-#endif
-
-// Numbers that are stored as bytes, in the order of channels; of e4m3, 1/256 of them, and no NaN.
-LLMKERNELS_INLINE Floats load_codes(const float* from) { return load(from); }
-LLMKERNELS_INLINE Floats load_codes(const int8_t* from) { return load(from); }
-#if defined(__AVX512BF16__)
-LLMKERNELS_INLINE Floats load_codes(const e4m3* from) {  // float16 has one bit more of exponent, below the sign
-  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(int16_t(0xbfff))));
-}
-#elif defined(__AVX2__)
-LLMKERNELS_INLINE Floats load_codes(const e4m3* from) {
-  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(int16_t(0xbfff))));
-}
-#else
-LLMKERNELS_INLINE Floats load_codes(const e4m3* from) { return load(from) * broadcast(1.0f / 256); }
 #endif
 
 // Rounds |x| <= 448 to the numbers of e4m3, ties to even: adding 1.5 * 2^20 times the power of two below x leaves

@@ -8,25 +8,48 @@
 
 namespace llmkernels::LLMKERNELS_ISA {
 
+// What a vector of the weight meets: as many columns as float32 has lanes, or pairs of bfloat16.
+template <class Input>
+constexpr int kSpan = kLanes * (__is_same(Input, bf16) ? 2 : 1);
+LLMKERNELS_INLINE Floats load_span(const float* x) { return load(x); }
+LLMKERNELS_INLINE Pairs load_span(const bf16* x) { return load_pairs(x); }
+template <class T>
+LLMKERNELS_INLINE Floats load_weight(const T* w, Floats) {
+  return load(w);
+}
+LLMKERNELS_INLINE Pairs load_weight(const bf16* w, Pairs) { return load_pairs(w); }
+LLMKERNELS_INLINE Floats product(Floats sum, Floats w, Floats x) { return fma(w, x, sum); }
+LLMKERNELS_INLINE Floats product(Floats sum, Pairs w, Pairs x) { return dot(w, x, sum); }
+
 // totals[row][c] of Rows rows for Channels rows of the weight.
-template <int Rows, int Channels, class T>
-LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const float* x, int64_t x_stride, int64_t columns,
+template <int Rows, int Channels, class T, class Input>
+LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, int64_t x_stride, int64_t columns,
                             float* totals) {
+  using Span = decltype(load_span(x));
   Floats sum_of[Channels][Rows] = {};
-  each_vector(columns, [&](int64_t i, auto n) {
-    Floats w[Channels];
-    for (int c = 0; c < Channels; ++c) w[c] = load(weight[c] + i, n);
+  const auto multiply = [&](const auto& weights, const Input* xs, int64_t stride, int64_t i) {
+    Span w[Channels];
+    for (int c = 0; c < Channels; ++c) w[c] = load_weight(weights[c] + i, Span{});
     for (int row = 0; row < Rows; ++row) {
-      const Floats value = load(x + row * x_stride + i, n);
-      for (int c = 0; c < Channels; ++c) sum_of[c][row] = fma(w[c], value, sum_of[c][row]);
+      const Span value = load_span(xs + row * stride + i);
+      for (int c = 0; c < Channels; ++c) sum_of[c][row] = product(sum_of[c][row], w[c], value);
     }
-  });
+  };
+  int64_t i = 0;
+  for (; i + kSpan<Input> <= columns; i += kSpan<Input>) multiply(weight, x, x_stride, i);
+  if (i < columns) {  // the last columns, with zeros behind them
+    T rest[Channels][kSpan<Input>] = {};
+    Input rest_x[Rows][kSpan<Input>] = {};
+    for (int c = 0; c < Channels; ++c) std::memcpy(rest[c], weight[c] + i, (columns - i) * sizeof(T));
+    for (int row = 0; row < Rows; ++row) std::memcpy(rest_x[row], x + row * x_stride + i, (columns - i) * sizeof(Input));
+    multiply(rest, rest_x[0], kSpan<Input>, 0);
+  }
   for (int c = 0; c < Channels; ++c)
     for (int row = 0; row < Rows; ++row) totals[row * kPanel + c] = sum(sum_of[c][row]);
 }
 
-template <int Most, int Channels, class T>
-LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const float* x, int64_t x_stride, int64_t columns,
+template <int Most, int Channels, class T, class Input>
+LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input* x, int64_t x_stride, int64_t columns,
                                  int rows, float* totals) {
   if constexpr (Most > 0) {
     for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel)
@@ -36,23 +59,23 @@ LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const float
 }
 
 // totals[rows][64] of a panel, for few rows.
-template <class T>
-void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<float>& x, int64_t first, int rows, float* totals) {
-  constexpr int kChannels = 2, kMost = 4;  // 8 sums and 2 weights in registers
+template <class T, class Input>
+void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* totals) {
+  constexpr int kChannels = 4, kMost = kRegisters == 32 ? 4 : 2;  // four streams of memory are faster than one
   for (int channel = 0; channel < kPanel; channel += kChannels) {
     const T* weight[kChannels];
     for (int c = 0; c < kChannels; ++c) {
       const int64_t feature = call.feature(panel, channel + c);
       weight[c] = static_cast<const T*>(call.values) + most<int64_t>(feature, 0) * call.values_stride;
     }
-    dots_most<kMost>(weight, x.at(0, first), x.chunk, call.columns, rows, totals + channel);
+    dots_most<kMost>(weight, x.at(0, first), x.line, call.columns, rows, totals + channel);
   }
 }
 
 // totals[rows][64] += one chunk of a panel, for many rows; `scratch` holds a panel of the chunk.
 template <class Panel, class T>
 void multiply_dense_chunk(const GemmCall& call, int64_t panel, int64_t column, const typename Panel::Input* x,
-                          int64_t x_stride, int rows, const Scaling& scaling, float* totals, uint8_t* scratch) {
+                          int rows, const Scaling& scaling, float* totals, uint8_t* scratch) {
   using Input = typename Panel::Input;
   const int64_t columns = least<int64_t>(kChunk<Input>, call.columns - column), padded = ceil_div(columns, 8) * 8;
   alignas(64) Input line[kChunk<Input> + kLanes];
@@ -65,7 +88,7 @@ void multiply_dense_chunk(const GemmCall& call, int64_t panel, int64_t column, c
     for (int64_t i = 0; i < padded / kInWord; ++i)
       std::memcpy(scratch + (i * kPanel + channel) * sizeof(uint32_t), line + i * kInWord, sizeof(uint32_t));
   }
-  multiply_most<6, false>(Panel{{scratch, nullptr}}, x, x_stride, rows, padded / Panel::kColumns, scaling, totals);
+  multiply_most<kMany, false>(Panel{{scratch, nullptr, 0}}, x, rows, padded / Panel::kColumns, scaling, totals);
 }
 
 }  // namespace llmkernels::LLMKERNELS_ISA

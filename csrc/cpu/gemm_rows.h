@@ -4,24 +4,29 @@
 
 namespace llmkernels::LLMKERNELS_ISA {
 
-// Rows that are ready, chunk by chunk: those of a chunk lie next to each other, where whole rows a power of two apart would
-// fight for the same lines of a cache.  Each row and chunk has the factor that undoes its rounding, and the sum of its x.
-// What lies beyond the last column is zeros.
+// Rows that are ready, line by line: `line` columns, one chunk or some, of all rows next to each other, where whole rows a
+// power of two apart would fight for the same lines of a cache.  Each row and chunk has the factor that undoes its
+// rounding, and the sum of its x.  What lies beyond the last column is zeros.
 template <class Input>
 struct Rows {
-  int64_t count, chunk, chunks;
-  Input* x;        // [chunks][count][chunk]
+  int64_t count, chunk, chunks, line;
+  Input* x;        // [lines][count][line]
   float* factors;  // [chunks][count]
   float* sums;     // [chunks][count]
 
-  Rows(int64_t count, int64_t chunk, int64_t columns) : count(count), chunk(chunk), chunks(ceil_div(columns, chunk)) {}
-  int64_t bytes() const { return count * chunks * (chunk * int64_t(sizeof(Input)) + 2 * int64_t(sizeof(float))); }
+  Rows(int64_t count, int64_t chunk, int64_t line, int64_t columns)
+      : count(count), chunk(chunk), chunks(ceil_div(columns, chunk)), line(line) {}
+  int64_t elements() const { return ceil_div(chunks * chunk, line) * line * count; }
+  int64_t bytes() const { return elements() * int64_t(sizeof(Input)) + 2 * chunks * count * int64_t(sizeof(float)); }
   void place(void* memory) {
     x = static_cast<Input*>(memory);
-    factors = reinterpret_cast<float*>(x + count * chunks * chunk);
+    factors = reinterpret_cast<float*>(x + elements());
     sums = factors + count * chunks;
   }
-  Input* at(int64_t c, int64_t row) const { return x + (c * count + row) * chunk; }
+  Input* at(int64_t c, int64_t row) const {
+    const int64_t column = c * chunk;
+    return x + (column / line * count + row) * line + column % line;
+  }
 };
 
 // x + residual, kept where asked for: s[columns] and zeros up to the next 8.
@@ -84,29 +89,40 @@ inline float round_span(const GemmCall& call, float* s, int64_t count) {
   return finite ? scale : __builtin_nanf("");
 }
 
-LLMKERNELS_INLINE float number(float x) { return x; }
-LLMKERNELS_INLINE float number(bf16 x) { return widen(x); }
-LLMKERNELS_INLINE float number(int x) { return float(x); }
+// Elements of x as a vector stores them; int16 ones are made of int8.
 template <class Input>
-LLMKERNELS_INLINE Input encoded(float value) {
-  if constexpr (__is_same(Input, float) || __is_same(Input, bf16)) {
-    return narrow<Input>(value);
-  } else {
-    return Input(value);  // a whole number
-  }
-}
+using Narrow = std::conditional_t<__is_same(Input, int16_t), int8_t, Input>;
 
-// x for a code that is 16^(i % 4) times too large.  Only what is below 2^-114 loses bits by it.
-LLMKERNELS_INLINE float in_place(float x, int i) { return x * bit_cast<float>(uint32_t(127 - 4 * (i % 4)) << 23); }
-template <class Input>
-LLMKERNELS_INLINE Input in_place(Input x, int) {
-  return x;
+// `count` columns, a multiple of 8, into the form that weights want; returns the sum of what they became.  For codes that
+// stay in place, 16^(i % 4) times too large, x becomes as much smaller, and only what is below 2^-114 loses bits by it.
+template <class Weight>
+float arrange(const float* from, int64_t count, typename Weight::Input* to) {
+  static constexpr float kSmaller[16] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 1, 0x1p-4f, 0x1p-8f, 0x1p-12f,
+                                         1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 1, 0x1p-4f, 0x1p-8f, 0x1p-12f};
+  using Input = typename Weight::Input;
+  constexpr int kSpan = most(kLanes, 8);
+  Floats total = zeros();
+  for (int64_t i = 0; i < count; i += kSpan) {
+    Narrow<Input> line[kSpan] = {};
+    for (int lane = 0; lane < kSpan && i + lane < count; lane += kLanes) {
+      const auto part = [&](auto n) {
+        const Floats value = load(from + i + lane, n);
+        store(line + lane, value);
+        total += load(line + lane);
+        if (Weight::kScaled) store(line + lane, value * load(kSmaller));
+      };
+      i + lane + kLanes <= count ? part(Whole{}) : part(count - i - lane);
+    }
+    for (int eight = 0; eight < kSpan && i + eight < count; eight += 8)
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) to[i + eight + k] = Input(line[eight + Weight::kOrder[k]]);
+  }
+  return sum(total);
 }
 
 // Row `row` of the call, into row `into` of those that are ready.  `work` is two rows of float32.
 template <class Weight, class T>
 void prepare_row(const GemmCall& call, int64_t row, const Rows<typename Weight::Input>& rows, int64_t into, float* work) {
-  using Input = typename Weight::Input;
   const int64_t padded = call.padded(), span = call.rounding_group ? call.rounding_group : call.columns;
   float* s = work;
   add_residual<T>(call, row, s);
@@ -118,19 +134,11 @@ void prepare_row(const GemmCall& call, int64_t row, const Rows<typename Weight::
 
   float factor = 1.0f;
   for (int64_t c = 0; c < rows.chunks; ++c) {
-    const int64_t first = c * rows.chunk, end = least(first + rows.chunk, call.columns);
-    Input* x = rows.at(c, into) - first;
+    const int64_t first = c * rows.chunk;
     if (call.rounding != kNoRounding && first % span == 0)
       factor = round_span(call, stored + first, least(span, call.columns - first));
-    float total = 0;
-    for (int64_t block = first; block < end; block += 8)
-      for (int i = 0; i < 8; ++i) {
-        const Input value = encoded<Input>(stored[block + Weight::kOrder[i]]);
-        total += number(value);
-        x[block + i] = Weight::kScaled ? in_place(value, i) : value;
-      }
     rows.factors[c * rows.count + into] = factor;
-    rows.sums[c * rows.count + into] = total;
+    rows.sums[c * rows.count + into] = arrange<Weight>(stored + first, least(rows.chunk, padded - first), rows.at(c, into));
   }
 }
 

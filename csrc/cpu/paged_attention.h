@@ -1,6 +1,7 @@
 // Paged attention: cuts a call into units, runs them on all threads, joins what was split, and writes the result.
 //
-//   few rows a sequence (decode)     the keys are cut every kSplit, so that one long sequence keeps all threads busy
+//   few rows a sequence (decode)     the keys are cut every kSplit, so that one long sequence keeps all threads busy;
+//                                    a task takes several heads, which share the pages it reads
 //   up to kManyRows (MLA, trees)     the keys are cut every kSplitMany
 //   more (prefill)                   the rows are cut every kManyRows, the keys of a block are one unit
 //
@@ -12,6 +13,8 @@
 namespace llmkernels::LLMKERNELS_ISA {
 
 constexpr int64_t kSplitMany = 2048;
+constexpr int64_t kHeadBytes = 256 << 10;  // of keys and values in a block of all heads of a task
+constexpr int64_t kTasksPerThread = 4;
 
 // A unit for every KV head.  part is its number among all parts that have to be joined, -1 where it is alone.
 struct Span {
@@ -31,24 +34,24 @@ bool each_span(const AttentionCall& call, Use use) {
     const int64_t rows = fresh * call.group;
     for (int64_t row = 0; row < rows; row += kManyRows) {
       const int64_t end = least(row + kManyRows, rows);
-      const int64_t lo = length ? visible(call, seq, 0, row).lo : 0;
-      const int64_t hi = length ? visible(call, seq, 0, end - 1).hi : 0;
+      const int64_t lo = length ? visible(call, seq, row).lo : 0;
+      const int64_t hi = length ? visible(call, seq, end - 1).hi : 0;
       const int64_t step = rows <= kFewRows ? kSplit : rows <= kManyRows ? kSplitMany : most<int64_t>(hi, 1);
       const int64_t first = lo / step, parts = most<int64_t>(1, ceil_div(hi, step) - first);
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t from = most(lo, (first + i) * step), to = least(hi, (first + i + 1) * step);
-        use(Span{{seq, row, end, from, to, 0}, parts > 1 ? part++ : -1, parts});
+        use(Span{{seq, row, end, from, to, 0, 1}, parts > 1 ? part++ : -1, parts});
       }
     }
   }
   return true;
 }
 
-// Rows of one unit, all keys seen: out = values / total, lse = largest + ln total, the sink included in both.
-inline void write_rows(const AttentionCall& call, const Unit& unit, const Partial& found) {
-  const float v_scale = call.v_scale ? call.v_scale[call.scale_per_head ? unit.head : 0] : 1.0f;
+// Rows of one unit and KV head: out = values / total, lse = largest + ln total, the sink included in both.
+inline void write_rows(const AttentionCall& call, const Unit& unit, int64_t kv_head, const Partial& found) {
+  const float v_scale = call.v_scale ? call.v_scale[call.scale_per_head ? kv_head : 0] : 1.0f;
   for (int64_t r = 0; r < unit.rows(); ++r) {
-    const int64_t row = unit.first_row + r, head = unit.head * call.group + row % call.group;
+    const int64_t row = unit.first_row + r, head = kv_head * call.group + row % call.group;
     const int64_t at = (call.cu_seqlens_q[unit.seq] + row / call.group) * call.kv_heads * call.group + head;
     const float sink = call.sinks ? call.sinks[head] : kNothing, top = most(found.largest[r], sink);
     const float fade = found.largest[r] == kNothing ? 0.0f : expf(found.largest[r] - top);
@@ -80,14 +83,21 @@ inline void join(const Partial& part, int64_t rows, int64_t width, Partial joine
   }
 }
 
+// KV heads that one task takes: as many as run well inside a block, but several tasks for each thread.
+inline int64_t heads_of_a_task(const AttentionCall& call, int64_t element_bytes, int64_t spans, int threads) {
+  const int64_t fitting = kHeadBytes / (kBlockKeys * (call.dim + call.v_dim) * element_bytes);
+  const int64_t sharing = spans * call.kv_heads / (kTasksPerThread * threads);
+  return most<int64_t>(1, least(least(fitting, sharing), call.kv_heads));
+}
+
 template <class T, bool kPaired>
 Status attend(const AttentionCall& call, int threads) {
-  const int64_t width = ceil_div(call.v_dim, kTwoLanes) * kTwoLanes, part_floats = kManyRows * (width + 2);
+  const int64_t width = ceil_div(call.v_dim, kTwoLanes) * kTwoLanes;
   int64_t count = 0, parts = 0, most_rows = 1;
   if (!each_span(call, [&](const Span& span) {
         ++count;
         parts += span.part >= 0;
-        if (span.part >= 0) most_rows = most(most_rows, span.unit.rows());
+        most_rows = most(most_rows, span.unit.rows());
       }))
     return kBadIndex;
   // [count] spans, then for each part and KV head: largest, total [most_rows] and values [most_rows, width]
@@ -95,29 +105,36 @@ Status attend(const AttentionCall& call, int threads) {
   char* shared = static_cast<char*>(scratch(kShared, list_bytes + parts * call.kv_heads * partial_floats * 4 + 64));
   if (!shared) return kOutOfMemory;
   Span* spans = reinterpret_cast<Span*>(shared);
-  float* partials = reinterpret_cast<float*>(shared + list_bytes);
   int64_t next = 0;
   each_span(call, [&](const Span& span) { spans[next++] = span; });
-  const auto partial_of = [&](int64_t part, int64_t head) {
-    float* at = partials + (part * call.kv_heads + head) * partial_floats;
+  const auto partial_at = [&](float* memory, int64_t index) {
+    float* at = memory + index * partial_floats;
     return Partial{at + most_rows * width, at + most_rows * (width + 1), at, width};
+  };
+  const auto partial_of = [&](int64_t part, int64_t head) {
+    return partial_at(reinterpret_cast<float*>(shared + list_bytes), part * call.kv_heads + head);
   };
 
   int worst = kOk;
-  const int64_t work_bytes = most<int64_t>(few_bytes(call), ManyBuffers<T, kPaired>(call, nullptr).end);
-  parallel_tasks(count * call.kv_heads, threads, [&](int64_t task) {
-    const Span& span = spans[task / call.kv_heads];
+  const int64_t heads = heads_of_a_task(call, sizeof(T), count, threads), groups = ceil_div(call.kv_heads, heads);
+  const int64_t work_bytes = most<int64_t>(FewBuffers<T, kPaired>(call, heads, nullptr).end,
+                                           ManyBuffers<T, kPaired>(call, nullptr).end);
+  parallel_tasks(count * groups, threads, [&](int64_t task) {
+    const Span& span = spans[task / groups];
     Unit unit = span.unit;
-    unit.head = task % call.kv_heads;
-    char* own = static_cast<char*>(scratch(kOwn, ceil_div(work_bytes, 64) * 64 + part_floats * 4));
+    unit.head = task % groups * heads;
+    unit.heads = least(heads, call.kv_heads - unit.head);
+    char* own = static_cast<char*>(scratch(kOwn, work_bytes + heads * partial_floats * 4));
+    const auto found = [&](int64_t head) {
+      if (span.part >= 0) return partial_of(span.part, head);
+      return partial_at(reinterpret_cast<float*>(own + work_bytes), head - unit.head);
+    };
     Status status = kOutOfMemory;
     if (own) {
-      float* values = reinterpret_cast<float*>(own + ceil_div(work_bytes, 64) * 64);
-      const Partial alone{values + kManyRows * width, values + kManyRows * (width + 1), values, width};
-      const Partial found = span.part < 0 ? alone : partial_of(span.part, unit.head);
       const bool few = unit.rows() <= kFewRows && unit.keys() <= kSplit;
       status = few ? attend_few<T, kPaired>(call, unit, own, found) : attend_many<T, kPaired>(call, unit, own, found);
-      if (status == kOk && span.part < 0) write_rows(call, unit, found);
+      for (int64_t h = unit.head; status == kOk && span.part < 0 && h < unit.head + unit.heads; ++h)
+        write_rows(call, unit, h, found(h));
     }
     if (status != kOk) {
 #pragma omp atomic write
@@ -130,11 +147,10 @@ Status attend(const AttentionCall& call, int threads) {
     const bool begins = span.part >= 0 && (&span == spans || (&span)[-1].unit.seq != span.unit.seq ||
                                            (&span)[-1].unit.first_row != span.unit.first_row);
     if (!begins) return;
-    Unit unit = span.unit;
-    unit.head = task % call.kv_heads;
-    const Partial joined = partial_of(span.part, unit.head);
-    for (int64_t i = 1; i < span.parts; ++i) join(partial_of(span.part + i, unit.head), unit.rows(), width, joined);
-    write_rows(call, unit, joined);
+    const int64_t head = task % call.kv_heads;
+    const Partial joined = partial_of(span.part, head);
+    for (int64_t i = 1; i < span.parts; ++i) join(partial_of(span.part + i, head), span.unit.rows(), width, joined);
+    write_rows(call, span.unit, head, joined);
   });
   return kOk;
 }

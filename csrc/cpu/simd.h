@@ -6,9 +6,10 @@
 //   broadcast(x) load(p) store(p, v)     p of any element type of types.h
 //   fma(a, b, c) max min round    max(a, b) and min(a, b) are b where either is NaN
 //   less(a, b, x, y)              a < b ? x : y
-//   power_of_two(n)               2^n for whole n from -126 to 127
+//   times_power(x, n)             x * 2^n for whole n up to 127; 0 where n is below -149
 //   sum(v) largest(v) sums(v[kLanes])    of all lanes; sums gives lane i the sum of v[i]
 //   Pairs                         2 * kLanes bfloat16, two a lane: load_pairs, broadcast_pair, even, odd, interleave
+//   even_pairs(a, b)              pairs of an even element of a and the same one of b; odd_pairs likewise
 //   dot(a, b, c)                  c + a . b, a pair at a time, of Pairs; one instruction where kPairDot says so
 #pragma once
 #include "cpu/types.h"
@@ -88,21 +89,19 @@ LLMKERNELS_INLINE void store(T* to, Floats x, int64_t n) {
   store_part(to, x, n);
 }
 
-// e^x to 1 ulp or so; 0 below -87.3, the largest power above 88.
+// e^x = 2^n 2^r, n whole and |r| <= 1/2, to 1e-7 and what x log2(e) is rounded by; 0 below -87.7, no more than e^88.
+// 2^r is a polynomial fitted to 2e-9, exact at 0.
 LLMKERNELS_INLINE Floats exp(Floats x) {
-  const Floats low = broadcast(-87.3f);
-  const Floats bounded = min(broadcast(88.0f), max(low, x));  // NaN stays
-  const Floats n = round(bounded * broadcast(1.44269504f));
-  Floats r = fma(n, broadcast(-0.693145752f), bounded);  // x - n ln 2, ln 2 in two parts
-  r = fma(n, broadcast(-1.42860677e-6f), r);
-  Floats p = broadcast(1.9875691500e-4f);  // Cephes' polynomial
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r) + broadcast(1.0f);
-  return less(x, low, zeros(), p * power_of_two(n));
+  const Floats bounded = min(broadcast(88.0f), max(broadcast(-104.0f), x));  // NaN stays
+  const Floats log2_e = broadcast(1.44269504f);
+  const Floats n = round(bounded * log2_e), r = fma(bounded, log2_e, -n);
+  Floats p = broadcast(1.535335331e-4f);
+  p = fma(p, r, broadcast(1.339887456e-3f));
+  p = fma(p, r, broadcast(9.618437393e-3f));
+  p = fma(p, r, broadcast(5.550332471e-2f));
+  p = fma(p, r, broadcast(2.402264791e-1f));
+  p = fma(p, r, broadcast(6.931472029e-1f));
+  return times_power(fma(p, r, broadcast(1.0f)), n);
 }
 
 LLMKERNELS_INLINE Floats tanh(Floats x) {

@@ -21,8 +21,9 @@ LLMKERNELS_INLINE Floats less(Floats a, Floats b, Floats x, Floats y) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 LLMKERNELS_INLINE Floats round(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-LLMKERNELS_INLINE Floats power_of_two(Floats n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+LLMKERNELS_INLINE Floats times_power(Floats x, Floats n) {  // n = -127 makes the bits of 0
+  const __m256i exponent = _mm256_cvtps_epi32(max(broadcast(-127.0f), n));
+  return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
 }
 
 LLMKERNELS_INLINE Floats load(const float* from) { return _mm256_loadu_ps(from); }
@@ -104,6 +105,12 @@ LLMKERNELS_INLINE Floats odd(Pairs x) {
   return _mm256_castsi256_ps(_mm256_and_si256(x.bits, _mm256_set1_epi32(int(0xffff0000))));
 }
 LLMKERNELS_INLINE Floats dot(Pairs a, Pairs b, Floats c) { return fma(odd(a), odd(b), fma(even(a), even(b), c)); }
+LLMKERNELS_INLINE Pairs even_pairs(Pairs a, Pairs b) {
+  return {_mm256_blend_epi16(a.bits, _mm256_slli_epi32(b.bits, 16), 0xaa)};
+}
+LLMKERNELS_INLINE Pairs odd_pairs(Pairs a, Pairs b) {
+  return {_mm256_blend_epi16(_mm256_srli_epi32(a.bits, 16), b.bits, 0xaa)};
+}
 // 2 * kLanes floats in the order of memory, from the even and the odd ones.
 LLMKERNELS_INLINE void interleave(Floats& even, Floats& odd) {
   const Floats low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);

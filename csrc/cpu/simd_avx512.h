@@ -23,9 +23,7 @@ LLMKERNELS_INLINE Floats less(Floats a, Floats b, Floats x, Floats y) {
 LLMKERNELS_INLINE Floats round(Floats x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-LLMKERNELS_INLINE Floats power_of_two(Floats n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+LLMKERNELS_INLINE Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
 LLMKERNELS_INLINE Floats load(const float* from) { return _mm512_loadu_ps(from); }
 LLMKERNELS_INLINE Floats load(const bf16* from) {
@@ -100,6 +98,12 @@ LLMKERNELS_INLINE Floats odd(Pairs x) {
 }
 LLMKERNELS_INLINE Floats dot(Pairs a, Pairs b, Floats c) {
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a.bits), reinterpret_cast<__m512bh>(b.bits));
+}
+LLMKERNELS_INLINE Pairs even_pairs(Pairs a, Pairs b) {
+  return {_mm512_mask_blend_epi16(0xaaaaaaaa, a.bits, _mm512_slli_epi32(b.bits, 16))};
+}
+LLMKERNELS_INLINE Pairs odd_pairs(Pairs a, Pairs b) {
+  return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a.bits, 16), b.bits)};
 }
 // 2 * kLanes floats in the order of memory, from the even and the odd ones.
 LLMKERNELS_INLINE void interleave(Floats& even, Floats& odd) {

@@ -23,8 +23,8 @@ LLMKERNELS_INLINE Floats min(Floats a, Floats b) { return select(a < b, a, b); }
 LLMKERNELS_INLINE Floats round(Floats x) {  // for |x| below 2^22: the adder rounds
   return x + broadcast(0x1.8p23f) - broadcast(0x1.8p23f);
 }
-LLMKERNELS_INLINE Floats power_of_two(Floats n) {
-  return bit_cast<Floats>((__builtin_convertvector(n, Ints) + 127) << 23);
+LLMKERNELS_INLINE Floats times_power(Floats x, Floats n) {  // n = -127 makes the bits of 0
+  return x * bit_cast<Floats>((__builtin_convertvector(max(broadcast(-127.0f), n), Ints) + 127) << 23);
 }
 
 template <class T>
@@ -76,6 +76,10 @@ LLMKERNELS_INLINE Pairs broadcast_pair(const bf16* from) {
 LLMKERNELS_INLINE Floats even(Pairs x) { return bit_cast<Floats>(x.bits << 16); }
 LLMKERNELS_INLINE Floats odd(Pairs x) { return bit_cast<Floats>(x.bits & int32_t(0xffff0000)); }
 LLMKERNELS_INLINE Floats dot(Pairs a, Pairs b, Floats c) { return fma(odd(a), odd(b), fma(even(a), even(b), c)); }
+LLMKERNELS_INLINE Pairs even_pairs(Pairs a, Pairs b) { return {(a.bits & 0xffff) | (b.bits << 16)}; }
+LLMKERNELS_INLINE Pairs odd_pairs(Pairs a, Pairs b) {
+  return {((a.bits >> 16) & 0xffff) | (b.bits & int32_t(0xffff0000))};
+}
 // 2 * kLanes floats in the order of memory, from the even and the odd ones.
 LLMKERNELS_INLINE void interleave(Floats& even, Floats& odd) {
   const Floats low{even[0], odd[0], even[1], odd[1]}, high{even[2], odd[2], even[3], odd[3]};

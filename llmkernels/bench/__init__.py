@@ -70,13 +70,14 @@ def subjects(
     dtype: str | None = None,
     quick: bool = False,
     seen: Callable = lambda text: None,
+    part: str = "",
 ) -> Iterator[Subject]:
-    """The calls worth timing on this device.  ValueError for an op or dtype that there is not."""
+    """The calls worth timing on this device whose names contain `part`.  ValueError for an op or dtype unknown."""
     for entry in [registry.get(op)] if op else registry.OPS.values():
         contract = entry.contract
         if dtype not in (None, *contract.dtypes):
             raise ValueError(f"dtype is {dtype!r}; {contract.name} takes {', '.join(contract.dtypes)}")
-        for case in timed(contract.name, device, quick):
+        for case in (case for case in timed(contract.name, device, quick) if part in case.name):
             for kind in [dtype] if dtype else DTYPES["cuda" if device.startswith("cuda") else "cpu"]:
                 seen(f"{contract.name} {kind} {case.name}")
                 yield Subject(contract, case.name, kind, inputs(contract, case, kind, device), device)
@@ -102,7 +103,7 @@ def measure(
                 times[name] = told
         rivals: dict[str, float] = {}
         for name, prepare in others.peers(subject.contract.name, quick) if peers and times else ():
-            answer = _time_peer(subject, prepare, budget)
+            answer = _time_peer(subject, name, prepare, budget)
             if isinstance(answer, str):
                 yield NotTimed(subject.contract.name, name, subject.dtype, subject.case, answer)
             elif answer is not None:
@@ -160,14 +161,15 @@ def _wait(jax: Any, run: Callable[[], Any]) -> Any:
     return jax.block_until_ready(run())
 
 
-def _time_peer(subject: Subject, prepare: others.Prepare, budget: float) -> float | str | None:
+def _time_peer(subject: Subject, name: str, prepare: others.Prepare, budget: float) -> float | str | None:
     """Seconds, or why a peer that tried was not timed; None for a peer that has no answer to this call."""
     call = subject.copy()
     try:
         run = prepare(call)
         if run is None:
             return None
-        wrong, _, _ = subject.judge(subject.answers(lambda *_, **__: run(), call), PEER_SLACK)
+        got = subject.answers(lambda *_, **__: run(), call)
+        wrong = subject.judge_own_rounding(got) if name in others.OWN_ROUNDING else subject.judge(got, PEER_SLACK)[0]
     except Exception as error:  # as above; peers are other people's code
         return _raised(error)
     if wrong:

@@ -107,18 +107,21 @@ BENCH: dict[str, list[Timed]] = {
         _gemm(1, 1024, "w4a16_g128", quick=True),
         _gemm(16, 1024, "w8a8", quick=True),
         *(_gemm(rows, HIDDEN, "w4a16_g128") for rows in (1, 4, 16, 64, 512)),
-        *(_gemm(rows, HIDDEN, scheme) for scheme in ("w8a16", "w8a8", "fp8_row") for rows in (1, 16, 512)),
+        *(_gemm(rows, HIDDEN, scheme) for scheme in ("w4a8_g128", "w8a8") for rows in (1, 4, 16, 64, 512)),
+        *(_gemm(rows, HIDDEN, scheme) for scheme in ("w8a16", "fp8_row") for rows in (1, 16, 512)),
         *(
             _gemm(rows, HIDDEN, scheme)
             for scheme in ("w4a16_g128_zp", "w4a16_g128_actorder", "mxfp4")
             for rows in (1, 16)
         ),
         *(_gemm(rows, HIDDEN, "fp8_block", cpu=False) for rows in (1, 16, 512)),
+        _gemm(1, 11008, "w4a16_g128"),  # Llama 2 7B
         *(_gemm(rows, INTERMEDIATE, "w4a16_g128") for rows in (1, 16)),
         *(_gemm(8192, INTERMEDIATE, s, cpu=False) for s in ("w4a16_g128", "w8a8", "fp8_row", "fp8_block")),
     ],
     "norm_linear_activation": [
         _linear(16, 1024, "rms, silu", quick=True, activation="silu"),
+        *(_linear(rows, HIDDEN, "rms, silu", activation="silu") for rows in (1, 512)),
         *(_linear(rows, QKV, "rms, residual", residual=True, return_residual=True) for rows in ROWS),
         *(_linear(rows, 2 * INTERMEDIATE, "rms, swiglu", activation="swiglu", cpu=rows < 512) for rows in ROWS),
         *(_linear(rows, QKV, "rms, w4a16_g128", scheme="w4a16_g128") for rows in (1, 16)),
@@ -146,6 +149,7 @@ BENCH: dict[str, list[Timed]] = {
         _prefill(1, 128, quick=True),
         _prefill(1, 1024),
         _prefill(1, 256, cached=2048),
+        _prefill(1, 512, cached=3584),
         _prefill(4, 4096, cpu=False),
         _prefill(1, 8192, cpu=False),
         _prefill(8, 5, cached=2048),

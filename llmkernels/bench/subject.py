@@ -1,7 +1,7 @@
 """One call to be timed: its arguments, copies of them, the right answer, and what the call needs at least."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmkernels.shapes import Sizes
 
 Call = Mapping[str, Any]
 PEER_SLACK = 8  # a peer rounds where it likes, but what computes something else is no peer
+OWN_ROUNDING_SLACK = 2  # groups of other sizes have other peaks
 
 
 @dataclass(eq=False)
@@ -97,6 +98,22 @@ class Subject:
             if e * tolerance >= error * t:
                 error, tolerance = e, t
         return "; ".join(complaints), error, tolerance
+
+    def judge_own_rounding(self, got: list[Any]) -> str:
+        """What is wrong with answers that round x to int8, but in other groups of columns than the contract says.
+
+        Such an answer is to the product of unrounded x what the contract's own is: at most OWN_ROUNDING_SLACK times as
+        far from it, in the mean square.  Rounding the answer to its dtype comes on top.
+        """
+        weight = self.call["weight"]
+        plain = replace(weight, scheme=replace(weight.scheme, activation=None))
+        call = {name: _wide(value) for name, value in self.copy().items()} | {"weight": plain}
+        exact = self.answers(self.contract.reference, call)
+        for name, g, want, unrounded in zip(self.contract.outputs(self.call), got, self.oracle, exact, strict=True):
+            allowed = OWN_ROUNDING_SLACK * (want - unrounded).norm() + torch.finfo(g.dtype).eps * unrounded.norm()
+            if g.shape != want.shape or not (g.double() - unrounded).norm() <= allowed:
+                return f"{name} is further from the product of unrounded x than rounding it explains"
+        return ""
 
     @property
     def _written(self) -> list[str]:

@@ -9,8 +9,8 @@ What --json prints is an interface; keys are added, never renamed:
     ops          {ops: [{op, summary, shapes, dtypes, options, cases, backends}]}
     explain      {op, call, candidates: [{backend, verdict, reasons: [{code, reason, fix}]}], chosen}
     doctor       {version, python, versions, cpu, gpus, backends, plugins, build, cache, environment, problems}
-    status       {rows: [{op, backend, dtype, evidence, device, recorded, passed, failed, refused}]}
-    conformance  {backend, mode, device, passed, failed, refused,
+    status       {rows: [{op, backend, dtype, evidence, device, isa, recorded, passed, failed, refused}]}
+    conformance  {backend, mode, device, passed, failed, refused, missing: [op],
                   cases: [{op, dtype, case, verdict, error, tolerance, reasons}]}
     compile      {backend, triton, recorded, problems,
                   rows: [{kernel, target, launch, ops: {op: [dtype]}, timed, registers, spills, scalar_spills, shared,
@@ -115,6 +115,16 @@ def _note(message: Any, *_: Any, **__: Any) -> None:
     print(f"llmkernels: note: {lines[0]}" + (f" ({lines[-1].strip()})" if len(lines) > 1 else ""), file=sys.stderr)
 
 
-from llmkernels.cli import bench, compile, conformance, doctor, generate, ops, status, tune  # noqa: E402  they register themselves
+from llmkernels.cli import (  # noqa: E402  they register themselves
+    bench,
+    compile,
+    conformance,
+    doctor,
+    generate,
+    ops,
+    serve,
+    status,
+    tune,
+)
 
-__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "status", "tune"]
+__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "serve", "status", "tune"]

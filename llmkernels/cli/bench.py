@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmkernels.roofline import Ceilings
 
 COLUMNS = f"{'op':22} {'backend':10} {'dtype':9} {'case':38} {'time':>8} {'of limit':>8}  {'best peer':24} {'speed':>6}"
+BEYOND = 105  # percent of the limit that noise does not explain
 FASTER, SLOWER = 1.05, 0.95  # what a ratio must differ from 1 by to be coloured
 
 
@@ -22,6 +23,7 @@ def bench(
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     backend: Annotated[str | None, typer.Option(help="Only this backend; otherwise all that are here.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Only this dtype.")] = None,
+    case: Annotated[str, typer.Option(help="Only calls whose name contains this.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     peers: Annotated[bool, typer.Option("--peers", help="Time other libraries on the same calls.")] = False,
     quick: Annotated[
@@ -40,7 +42,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the roofline picture.")] = None,
 ) -> None:
     """Measure each call: its time, the share of what this device could do, the ratio to the best peer."""
-    from llmkernels import discovery
+    from llmkernels import discovery, registry
     from llmkernels.bench import measure, results, subjects
     from llmkernels.bench import report as make_report
     from llmkernels.bench.replay import recorded
@@ -49,6 +51,8 @@ def bench(
     if backend:
         discovery.check_name(backend, "--backend")
     check_device(device)
+    if op:
+        registry.get(op)  # a wrong name is told before anything is measured
     if plot:
         _needs_matplotlib()
     if dispatch:
@@ -64,7 +68,7 @@ def bench(
             def seen(text: str) -> None:
                 bar.update(task, description=text, advance=1)
 
-            calls = recorded(replay, device, op, dtype) if replay else subjects(device, op, dtype, quick, seen)
+            calls = recorded(replay, device, op, dtype) if replay else subjects(device, op, dtype, quick, seen, case)
             lines = []
             for line in measure(ceilings, calls, backend, peers, quick):
                 lines.append(line)
@@ -72,10 +76,15 @@ def bench(
                     bar.stop()  # a line printed beside a moving bar would be overwritten
                     _show(vars(line))
                     bar.start()
+        if not lines:
+            raise ValueError(f"no call fits --op {op} --dtype {dtype} --case {case}; leave --case out to see them all")
         report = make_report(ceilings, lines)
         if not quick and not replay and (kept := results.place(report["device"])):
             results.write(kept, results.merge(results.read(kept), report) if kept.exists() else report)
             print(f"llmkernels: kept in {kept}", file=sys.stderr)
+        if beyond := sum(row["percent_of_limit"] > BEYOND for row in report["rows"]):
+            say = "the limit was measured on a busy machine, or the data stayed in a cache; try --fresh"
+            print(f"llmkernels: {beyond} calls took less than the limit allows: {say}", file=sys.stderr)
     if json == "-":
         show_json(report)
     elif json:

@@ -33,17 +33,23 @@ def conformance(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run every case of every contract on a backend and compare with the oracle.  Exit code 1: something failed."""
+    """Run every case of every contract on a backend, against the oracle: what is right, wrong, refused, missing.
+
+    Exit code 1: something failed.
+    """
     from llmkernels import discovery, status, testing
     from llmkernels.roofline import check_device, device_name
 
     discovery.check_name(backend, "--backend")
     check_device(device)
-    total = sum(1 for _ in testing.calls(op, dtype, case))
-    if not total:
+    if not any(True for _ in testing.calls(op, dtype, case)):
         raise ValueError(f"no case fits --op {op} --dtype {dtype} --case {case}; `llmkernels ops` lists ops and dtypes")
     if record and case:
         raise ValueError("--record with --case: a record counts all cases of an op; leave --case out")
+    if backend != discovery.REFERENCE and not emulated and (why := discovery.absent(backend)):
+        raise ValueError(f"{backend} cannot be used here: {why}")
+    missing = testing.missing(backend, op)
+    total = sum(call[0].name not in missing for call in testing.calls(op, dtype, case))
     results = []
     with progress(f"{backend} conformance", total) as (bar, task):
         for result in testing.conform(backend, op, dtype, case, device, emulated, jobs):
@@ -51,17 +57,18 @@ def conformance(
             bar.update(task, advance=1, description=f"{result.op} {result.dtype} {result.case}")
     mode, name = ("emulated" if emulated else "ran"), device_name(device)
     if record:
-        status.write(record, status.summarize(results, mode, name))
+        isa = None if backend == discovery.REFERENCE else getattr(discovery.package(backend), "isa", None)
+        status.write(record, status.summarize(results, mode, name, isa and isa()))
     counts = Counter(result.verdict for result in results)
     if json:
-        show_json(report(backend, mode, name, results))
+        show_json(report(backend, mode, name, results, missing))
     else:
-        _show(backend, mode, name, results)
+        _show(backend, mode, name, results, missing)
     if counts["failed"]:
         raise typer.Exit(1)
 
 
-def report(backend: str, mode: str, device: str, results: list["Result"]) -> dict[str, Any]:
+def report(backend: str, mode: str, device: str, results: list["Result"], missing: list[str]) -> dict[str, Any]:
     """What --json prints."""
     counts = Counter(result.verdict for result in results)
     return {
@@ -71,6 +78,7 @@ def report(backend: str, mode: str, device: str, results: list["Result"]) -> dic
         "passed": counts["passed"],
         "failed": counts["failed"],
         "refused": counts["refused"],
+        "missing": missing,
         "cases": [
             {
                 "op": r.op,
@@ -86,8 +94,10 @@ def report(backend: str, mode: str, device: str, results: list["Result"]) -> dic
     }
 
 
-def _show(backend: str, mode: str, device: str, results: list["Result"]) -> None:
+def _show(backend: str, mode: str, device: str, results: list["Result"], missing: list[str]) -> None:
     from rich.table import Table
+
+    from llmkernels import discovery
 
     screen = console()
     table = Table("op", "passed", "failed", "refused", "nearest to its tolerance", box=None, header_style="bold")
@@ -98,7 +108,16 @@ def _show(backend: str, mode: str, device: str, results: list["Result"]) -> None
         closest = "{:.0%} of it: {}".format(*max(shares)) if shares else ""
         failed = f"[red]{counts['failed']}[/]" if counts["failed"] else "0"
         table.add_row(op, str(counts["passed"]), failed, str(counts["refused"]), closest)
+    for op in missing:
+        file = f"{discovery.backends()[backend].replace('.', '/')}/{op}.py"
+        table.add_row(op, "[yellow]missing[/]", "", "", f"write {file}")
     screen.print(table)
+    if missing:
+        screen.print("`llmkernels ops OP` prints the contract that a file answers")
+    for op, limits in _limits(results).items():
+        screen.print(f"[yellow]refused[/] {op}", soft_wrap=True)
+        for reason, count in limits:
+            screen.print(f"       {count} cases, such as {reason}", markup=False, soft_wrap=True)
     failures = [r for r in results if r.verdict == "failed"]
     for r in failures[:SHOWN]:
         screen.print(f"[red]failed[/] {r.op} {r.dtype} [bold]{r.case}[/]", soft_wrap=True)
@@ -108,4 +127,17 @@ def _show(backend: str, mode: str, device: str, results: list["Result"]) -> None
         screen.print(f"       and {len(failures) - SHOWN} more: --json lists them")
     counts = Counter(r.verdict for r in results)
     words = ", ".join(f"{counts[word]} {colored(word)}" for word in ("passed", "failed", "refused"))
+    words += f"; {len(missing)} ops missing" if missing else ""
     screen.print(f"{backend} {mode} on {device}: {words}")
+
+
+def _limits(results: list["Result"]) -> dict[str, list[tuple[str, int]]]:
+    """Op -> of each refusal code the commonest reason, and how many cases were refused with that code."""
+    reasons: dict[str, dict[str, Counter]] = {}
+    for r in results:
+        if r.verdict == "refused":
+            code = r.reasons[0].partition(" ")[0]
+            reasons.setdefault(r.op, {}).setdefault(code, Counter())[r.reasons[0]] += 1
+    return {
+        op: [(texts.most_common(1)[0][0], texts.total()) for texts in codes.values()] for op, codes in reasons.items()
+    }

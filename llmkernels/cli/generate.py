@@ -35,6 +35,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="Round the weights at load, as in w4a16_g128.")] = None,
+    quantize_head: Annotated[str | None, typer.Option(help="The same for the head alone, as in w8a16.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, int8, float8_e4m3fn or float8_e5m2.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
@@ -49,7 +50,14 @@ def generate(
 
     prompts = _prompts(model, prompt, file)
     with progress("loading the checkpoint"):
-        llm = LLM(model, dtype=dtype, device=device, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
+        llm = LLM(
+            model,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            quantize_head=quantize_head,
+            kv_cache_dtype=kv_cache_dtype,
+        )
     wishes: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     wishes |= {"seed": draw_seed() if seed is None else seed, "max_tokens": max_tokens}
     params = replace(llm.default_params, **{name: value for name, value in wishes.items() if value is not None})
@@ -106,7 +114,7 @@ def _prompts(model: str | None, prompt: str | None, file: Path | None) -> list[s
 
 def _batch(llm: "LLM", prompts: list[str], params: "SamplingParams") -> list["Output"]:
     """Answer all prompts together, with a bar that counts tokens."""
-    outputs = [llm.add(text, params) for text in prompts]
+    outputs = [output for text in prompts for output in llm.add(text, params)]
     with progress("tokens", len(prompts) * params.max_tokens) as (bar, task):
         while any(output.finish_reason is None for output in outputs):
             llm.step()

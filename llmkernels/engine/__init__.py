@@ -5,12 +5,13 @@
     print(llm.generate("The read() system call", SamplingParams(max_tokens=40))[0].text)
 
 A request travels llm.py -> scheduler.py (which tokens run in this step) -> runner.py (arrays) -> model.py (ops)
--> sampling.py (the next tokens), and back.  weights.py reads checkpoints, cache.py owns the pages.
+-> sampling.py (the next tokens), and back (output.py).  weights.py reads checkpoints; cache.py holds the pages' memory,
+pages.py counts their users, prefix.py finds those whose keys are known.
 """
 
 from llmkernels.engine.llm import LLM as LLM
-from llmkernels.engine.llm import Delta as Delta
-from llmkernels.engine.llm import Output as Output
 from llmkernels.engine.llm import shipped_model as shipped_model
+from llmkernels.engine.output import Delta as Delta
+from llmkernels.engine.output import Output as Output
 from llmkernels.engine.sampling import SamplingParams as SamplingParams
 from llmkernels.engine.weights import CheckpointError as CheckpointError

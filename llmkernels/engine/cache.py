@@ -1,43 +1,10 @@
-"""Where keys and values live: pages of fixed size, handed out and taken back by a pool."""
+"""Where keys and values live: the memory of the pages that a PagePool hands out."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
 from llmkernels.engine.model import ModelConfig
-
-
-class PagePool:
-    """Which pages are free.  Plain integers; the arrays are KVCache's.
-
-    pages: how many there are; their ids are 0 to pages - 1.
-    """
-
-    def __init__(self, pages: int):
-        self.pages = pages
-        self._free = list(range(pages - 1, -1, -1))  # a stack: the page freed last, maybe still in cache, goes first
-        self._used: set[int] = set()
-
-    @property
-    def free(self) -> int:
-        """How many pages are free."""
-        return len(self._free)
-
-    def take(self, count: int) -> list[int] | None:
-        """`count` pages that now belong to the caller, or None (and nothing taken) where fewer are free."""
-        if count > len(self._free):
-            return None
-        taken = [self._free.pop() for _ in range(count)]
-        self._used.update(taken)
-        return taken
-
-    def give_back(self, pages: Iterable[int]) -> None:
-        """The pages are free again.  A page that was not taken is a bug of the caller: ValueError."""
-        for page in pages:
-            if page not in self._used:
-                raise ValueError(f"page {page} was given back but is not in use")
-            self._used.remove(page)
-            self._free.append(page)
 
 
 class KVCache:
@@ -53,6 +20,12 @@ class KVCache:
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.k_scale: list[torch.Tensor | None] = [None] * config.layers
         self.v_scale: list[torch.Tensor | None] = [None] * config.layers
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Pages (source, destination): all sources are read before any destination is written."""
+        sources, destinations = torch.tensor(pairs, device=self.k.device).unbind(1)
+        for held in (self.k.view(torch.uint8), self.v.view(torch.uint8)):  # bytes: not every dtype can be indexed
+            held[:, destinations] = held[:, sources]
 
     def scales_from(self, sample: "KVCache", pages: int) -> None:
         """Set the scales so that the largest key and value in the first `pages` pages of `sample` just fit."""

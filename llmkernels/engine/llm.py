@@ -1,17 +1,20 @@
 """LLM(...).generate and .stream: requests in, text out, and the loop between."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmkernels.engine.cache import KVCache, PagePool, page_bytes
+from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.output import Delta, Feed, Output
+from llmkernels.engine.pages import PagePool
+from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
-from llmkernels.engine.sampling import SamplingParams, draw_seed
+from llmkernels.engine.sampling import SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
-from llmkernels.engine.tokenizer import Detokenizer, read_tokenizer
+from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
 
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -24,48 +27,6 @@ def shipped_model(name: str = "manual-5m") -> Path:
     return Path(__file__).parent.parent / "models" / name
 
 
-@dataclass(eq=False)
-class Output:
-    """One request and what became of it so far; finished when finish_reason is set.
-
-    prompt_tokens: the ids of the prompt, as the model read them.
-    params, seed: how it is sampled; the seed is the one drawn where params name none.
-    tokens: the ids generated, a stop token included.
-    text: of `tokens`, without special tokens, without the stop token, without the bytes of an unfinished character.
-        Empty where the LLM has no tokenizer.
-    logprobs: ln p of each of `tokens`, if params.logprobs.
-    finish_reason: None (unfinished), 'stop' (a stop token), 'length' (max_tokens or the context), 'abort'.
-    """
-
-    prompt_tokens: list[int]
-    params: SamplingParams
-    seed: int
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[float] = field(default_factory=list)
-    _sequence: Sequence = field(repr=False, kw_only=True)
-    _detokenizer: Detokenizer | None = field(repr=False, kw_only=True)
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self._sequence.finish_reason
-
-    def _receive(self, token: int, logprob: float | None) -> None:
-        self.tokens.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        if self._detokenizer and self.finish_reason != "stop":
-            self.text += self._detokenizer.push(token)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """The next piece of a streamed text, and the request as it stands after it.  Joined texts give output.text."""
-
-    text: str
-    output: Output
-
-
 class LLM:
     """A checkpoint, ready to answer.
 
@@ -76,6 +37,7 @@ class LLM:
         dtype: 'float32', 'bfloat16', 'float16', or 'auto', what the checkpoint was saved in.
         device: 'cpu', 'cuda', 'cuda:1', ..., or 'auto', the first GPU if there is one.
         quantize: round the layers' projections to a scheme of llmkernels.quant at load, such as 'w4a16_g128'.
+        quantize_head: the same for the projection to the vocabulary, which is more sensitive: 'w8a16'.
         kv_cache_dtype: 'auto' is the dtype of the model; 'int8', 'float8_e4m3fn' and 'float8_e5m2' halve or quarter the
             memory, with scales per layer and KV head from a calibration pass at load.
         kv_cache_bytes: memory for keys and values, in bytes; kv_cache_pages gives it in pages instead.
@@ -83,6 +45,7 @@ class LLM:
         max_batch_tokens: tokens a step at most: longer prompts are computed in chunks.
         max_sequences: requests that run at once at most, never more than max_batch_tokens; the others wait.
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
+        prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
@@ -96,6 +59,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         quantize: str | None = None,
+        quantize_head: str | None = None,
         kv_cache_dtype: str = "auto",
         kv_cache_bytes: int = 2**30,
         kv_cache_pages: int | None = None,
@@ -103,6 +67,7 @@ class LLM:
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
         max_length: int | None = None,
+        prefix_reuse: bool = True,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
@@ -124,22 +89,29 @@ class LLM:
         pages = kv_cache_pages or min(kv_cache_bytes // one_page, useful)
         if pages < 1:
             raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; a page of {page_size} tokens takes {one_page}")
-        self._scheduler = Scheduler(PagePool(pages), page_size, max_batch_tokens, min(max_sequences, max_batch_tokens))
+        pool = PagePool(pages)
+        prefix = PrefixCache(pool, page_size) if prefix_reuse else None
+        self._scheduler = Scheduler(pool, page_size, max_batch_tokens, min(max_sequences, max_batch_tokens), prefix)
 
-        model = load(checkpoint, kind, place, self.max_length, quantize)
+        model = load(checkpoint, kind, place, self.max_length, quantize, quantize_head)
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
         self._runner = Runner(model, cache)
 
     def generate(
-        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        prompts: Prompt | list[Prompt],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        salt: str | None = None,
     ) -> list[Output]:
-        """Answer one prompt or many, all together, and return their outputs in the order of the prompts.
+        """Answer one prompt or many, all together.  Returns params.n outputs for each prompt, in the prompts' order.
 
         Args:
             prompts: texts, or lists of token ids, or one of either.
             params: for all prompts, or one for each; None takes `default_params`: what generation_config.json says.
+            salt: prefixes are shared with requests of the same salt only.
 
         Raises:
             ValueError: a prompt is empty, too long, or holds an id that is no token; nothing has run then.
@@ -148,10 +120,11 @@ class LLM:
         each = params if isinstance(params, list) else [params] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one for all, or one each")
-        outputs = [self._request(prompt, wishes) for prompt, wishes in zip(batch, each, strict=True)]
+        requests = [self._request(prompt, wishes, salt) for prompt, wishes in zip(batch, each, strict=True)]
+        outputs = [output for request in requests for output in request]
         try:
-            for output in outputs:
-                self._scheduler.add(output._sequence)
+            for request in requests:
+                self._scheduler.add(request[0]._sequence)
             while any(output.finish_reason is None for output in outputs):
                 self.step()
         finally:
@@ -159,35 +132,57 @@ class LLM:
                 self.abort(output)
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None
+    ) -> Iterator[Delta]:
         """Answer one prompt, piece by piece:  for delta in llm.stream("Once"): print(delta.text, end="")
 
-        A piece is whole characters; the last one, maybe empty, comes with delta.output.finish_reason set.  Closing the
-        iterator aborts the request.  Requests of other streams advance with it.
+        A piece is whole characters; the last one of an output, maybe empty, comes with delta.output.finish_reason set.
+        The n outputs of params.n come interleaved.  Closing the iterator aborts the request.  Requests of other streams
+        advance with it.
         """
-        return self._follow(self.add(prompt, params))
+        return self._follow(self.add(prompt, params, salt=salt))
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Output:
-        """Queue a request without running it; each `step` brings its Output further.  ValueErrors as in `generate`."""
-        output = self._request(prompt, params)
-        self._scheduler.add(output._sequence)
-        return output
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None) -> list[Output]:
+        """Queue a request without running it; each `step` brings its params.n Outputs further.
+
+        The prompt is computed once; its answers share its pages.  ValueErrors as in `generate`.
+        """
+        outputs = self._request(prompt, params, salt)
+        self._scheduler.add(outputs[0]._sequence)
+        return outputs
 
     def step(self) -> bool:
         """One forward pass for every request that has its turn; False when there was nothing to do."""
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
-        tokens, logprobs = self._runner.run(chunks)
-        self._scheduler.advance(chunks, tokens)
+        choices = self._runner.run(chunks)
+        self._scheduler.advance(chunks, [chosen.token for chosen in choices])
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
-        for output, token, logprob in zip(ends, tokens, logprobs, strict=True):
-            output._receive(token, logprob)
+        for output, chosen in zip(ends, choices, strict=True):
+            if output._receive(chosen):
+                self._scheduler.end(output._sequence)
+                output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
         return True
 
     def abort(self, output: Output) -> None:
         """End a request now and free its pages; nothing happens to a finished one."""
-        self._scheduler.abort(output._sequence)
+        self._scheduler.end(output._sequence)
+
+    def stats(self) -> dict[str, int]:
+        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse."""
+        scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "pages_used": pool.pages - pool.free,
+            "pages_idle": pool.idle,
+            "pages_empty": pool.free - pool.idle,
+            "preemptions": scheduler.preemptions,
+            "prefix_asked_tokens": prefix.asked if prefix else 0,
+            "prefix_found_tokens": prefix.found if prefix else 0,
+        }
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
@@ -195,39 +190,48 @@ class LLM:
             raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
         return self.tokenizer.encode(text).ids
 
-    def _follow(self, output: Output) -> Iterator[Delta]:
-        sent = 0
+    def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
+        feed = Feed(outputs)
         try:
-            while True:
-                finished = output.finish_reason is not None  # maybe by another stream's steps
-                if finished or len(output.text) > sent:
-                    piece, sent = output.text[sent:], len(output.text)
-                    yield Delta(piece, output)
-                    if finished:
-                        return
-                else:
+            while feed:
+                news = False  # maybe by another stream's steps
+                for delta in feed.news():
+                    news = True
+                    yield delta
+                if not news:
                     self.step()
         finally:
-            self.abort(output)
+            for output in outputs:
+                self.abort(output)
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Output:
+    def _request(self, prompt: Prompt, params: SamplingParams | None, salt: str | None) -> list[Output]:
+        """The outputs to be, params.n of them; the first one's sequence holds the others as forks."""
         params = self.default_params if params is None else params
         if not isinstance(prompt, (str, list, tuple)):
             raise ValueError(f"the prompt is {prompt!r:.80}; give a text, or a list of token ids")
         ids = (prompt and self.encode(prompt)) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
-        for token in (*ids, *params.stop_token_ids):
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop is given and this LLM has tokenizer=False; give stop_token_ids, or tokenizer=<path>")
+        for token in (*ids, *params.stop_token_ids, *params.logit_bias):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab:
                 raise ValueError(f"{token!r} is not a token id; this model's are 0 to {self.config.vocab - 1}")
         if len(ids) >= self.max_length:
             raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for more")
         seed = draw_seed() if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
-        sequence = Sequence(ids.copy(), len(ids), min(len(ids) + params.max_tokens, self.max_length), stop)
-        text = self.tokenizer and Detokenizer(self.tokenizer, ids)
-        sequence.payload = Output(ids, params, seed, _sequence=sequence, _detokenizer=text)
-        return sequence.payload
+        limit = min(len(ids) + params.max_tokens, self.max_length)
+        outputs = []
+        for i in range(params.n):
+            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=salt)
+            text = self.tokenizer and Detokenizer(self.tokenizer, ids)
+            stops = StopStrings(params.stop)
+            output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
+            sequence.payload = output
+            outputs.append(output)
+        outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]
+        return outputs
 
 
 def _batch(prompts: Prompt | list[Prompt]) -> list[Any]:

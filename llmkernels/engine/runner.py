@@ -6,7 +6,7 @@ import torch
 
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.model import Batch, Model
-from llmkernels.engine.sampling import choose
+from llmkernels.engine.sampling import Chosen, choose
 from llmkernels.engine.scheduler import Chunk, Sequence
 from llmkernels.settings import current, use
 
@@ -19,20 +19,21 @@ class Runner:
     def __init__(self, model: Model, cache: KVCache):
         self.model, self.cache = model, cache
 
-    def run(self, chunks: Row[Chunk]) -> tuple[list[int], list[float | None]]:
-        """Run these chunks; the next token, and its logprob if asked for, of each chunk that samples, in order."""
+    def run(self, chunks: Row[Chunk]) -> list[Chosen]:
+        """Run these chunks; the next token of each chunk that samples, in order."""
         logits = self.logits(chunks)
         ends = [chunk.sequence for chunk in chunks if chunk.samples]
         if not ends:
-            return [], []
-        counters = [len(s.tokens) - s.prompt_length for s in ends]
-        return choose(logits, [s.payload.params for s in ends], [s.payload.seed for s in ends], counters)
+            return []
+        return choose(logits, [sequence.payload for sequence in ends])
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor:
-        """[samples vocab]: the logits after each chunk that samples, in order.
+        """[samples vocab]: the logits after each chunk that samples, in order.  Pages to be copied are copied first.
 
         The ops do not read the scheduler's metadata first, which are right by construction, unless the caller insists.
         """
+        if copies := [chunk.copy for chunk in chunks if chunk.copy]:
+            self.cache.copy(copies)
         with use(checked=bool(current().checked)):
             return self.model.forward(prepare(chunks, self.cache.page_size, self.model.device), self.cache)
 

@@ -1,44 +1,65 @@
 """How the next token is chosen: what a request may ask for, and one call of the `sample` op for the whole batch."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 import llmkernels
 
 _MASK = 2**64 - 1
+MOST_ANSWERS = 128  # to one prompt
+MOST_LOGPROBS = 20  # of one token
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """What a request asks for.  Wrong values raise ValueError.
 
+    n: how many answers to give; the prompt is computed once for all of them.
     max_tokens: how many tokens to generate at most; the context may end it earlier.
     temperature: the logits are divided by it; 0 takes the most likely token (greedy), and ignores the rest.
     top_k: only the k most likely tokens; 0 keeps all.
     top_p: only the most likely tokens that together reach this probability; 1 keeps all.
     min_p: only tokens at least this many times as likely as the most likely one; 0 keeps all.
     seed: the same seed gives the same text, whatever else is in the batch; None draws one.
+    repetition_penalty: logits of tokens in the prompt or the answer are divided by it if positive, multiplied if
+        negative: CTRL, https://arxiv.org/abs/1909.05858.  1 changes nothing.
+    presence_penalty: is taken off the logits of tokens that the answer holds.
+    frequency_penalty: is taken off for each time that the answer holds the token.
+    logit_bias: is added to the logits of these tokens.
+    stop: strings that end the text, and are not part of it.
     stop_token_ids: end the text, as the checkpoint's own end-of-text tokens do; the token itself is kept in
         Output.tokens, not in Output.text where it is a special token.
     ignore_eos: go on after the checkpoint's end-of-text tokens (stop_token_ids still end the text).
-    logprobs: also return ln p of each generated token, of the model's own distribution: before temperature and cuts.
+    logprobs: also return ln p of each generated token, of the model's own distribution: before penalties,
+        biases, temperature and cuts.
+    top_logprobs: also those of so many likeliest tokens in its place.
     """
 
+    n: int = 1
     max_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop_token_ids: tuple[int, ...] = field(default=())
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
+        _check("n", self.n, int, 1, MOST_ANSWERS)
         _check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
         _check("temperature", self.temperature, float, 0, 1e6)
         _check("top_k", self.top_k, int, 0, 2**31 - 1)
@@ -46,6 +67,20 @@ class SamplingParams:
         _check("min_p", self.min_p, float, 0, 1)
         if self.top_p == 0:
             raise ValueError("top_p is 0, which keeps no token; give up to 1, or temperature=0 for greedy")
+        _check("repetition_penalty", self.repetition_penalty, float, 1e-2, 1e2)
+        _check("presence_penalty", self.presence_penalty, float, -100, 100)
+        _check("frequency_penalty", self.frequency_penalty, float, -100, 100)
+        _check("top_logprobs", self.top_logprobs, int, 0, MOST_LOGPROBS)
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias is {self.logit_bias!r:.80}; give a mapping of token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            _check("a token of logit_bias", token, int, 0, 2**31 - 1)
+            _check(f"logit_bias[{token}]", bias, float, -100, 100)
+        given: Any = self.stop
+        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(given))
+        for string in self.stop:
+            if not isinstance(string, str) or not string:
+                raise ValueError(f"stop holds {string!r:.80}; give strings of at least one character")
         if self.seed is not None:
             _check("seed", self.seed, int, -(2**63), _MASK)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -58,6 +93,11 @@ def draw_seed() -> int:
     return int.from_bytes(os.urandom(8), "little")
 
 
+def fork_seed(seed: int, answer: int) -> int:
+    """The seed of the answer-th of a request's n answers; the first has the request's own, whatever n is."""
+    return _mix((seed & _MASK) ^ _mix(answer)) if answer else seed
+
+
 def uniform(seed: int, counter: int) -> float:
     """The counter-th number in [0, 1) of a request: a function of (seed, counter) alone, so that no batch changes it.
 
@@ -67,26 +107,78 @@ def uniform(seed: int, counter: int) -> float:
     return (_mix(_mix(seed & _MASK) + counter * 0x9E3779B97F4A7C15) >> 40) / 2**24
 
 
-def choose(
-    logits: torch.Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], counters: Sequence[int]
-) -> tuple[list[int], list[float | None]]:
-    """The next token of each row, and its ln p where the row's params ask for it.
+class Answer(Protocol):
+    """What `choose` needs to know of a request: how it is sampled, what it read and what it has written."""
 
-    Args:
-        logits: [rows vocab], the model's.
-        params, seeds, counters: of each row; the counter is the number of tokens the request has generated.
-    """
+    params: SamplingParams
+    seed: int
+    prompt_tokens: list[int]
+    tokens: list[int]
+
+
+class Chosen(NamedTuple):
+    """A token, its ln p where that was asked for, and those of the likeliest tokens, as many as were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: Mapping[int, float] = MappingProxyType({})
+
+
+def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Chosen]:
+    """The next token of each answer.  logits: the model's, [answers vocab]."""
+    params = [answer.params for answer in answers]
     tokens = llmkernels.sample(
-        logits,
-        _column([uniform(s, c) for s, c in zip(seeds, counters, strict=True)], logits),
+        adjusted(logits, answers),
+        _column([uniform(answer.seed, len(answer.tokens)) for answer in answers], logits),
         **_options(params, logits),
     )
-    logprobs: list[float | None] = [None] * len(params)
-    if rows := [r for r, p in enumerate(params) if p.logprobs]:
-        chosen = logits[rows].float().log_softmax(-1).gather(1, tokens[rows, None])
-        for row, value in zip(rows, chosen[:, 0].tolist(), strict=True):
-            logprobs[row] = value
-    return tokens.tolist(), logprobs
+    chosen = [Chosen(token) for token in tokens.tolist()]
+    if rows := [r for r, p in enumerate(params) if p.logprobs or p.top_logprobs]:
+        logprobs = logits[rows].float().log_softmax(-1)
+        values, ids = logprobs.topk(min(max(params[r].top_logprobs for r in rows), logits.shape[1]))
+        own = logprobs.gather(1, tokens[rows, None])[:, 0].tolist()
+        for row, value, names, best in zip(rows, own, ids.tolist(), values.tolist(), strict=True):
+            count = params[row].top_logprobs
+            top = dict(zip(names[:count], best[:count], strict=True))
+            chosen[row] = Chosen(chosen[row].token, value if params[row].logprobs else None, top)
+    return chosen
+
+
+def adjusted(logits: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
+    """The logits after penalties and biases, in float32; the same tensor where nobody asks for any."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    factors: list[float] = []
+    added: list[float] = []
+    for row, answer in enumerate(answers):
+        for token, (factor, bias) in _changes(answer).items():
+            rows.append(row)
+            tokens.append(token)
+            factors.append(factor)
+            added.append(bias)
+    if not rows:
+        return logits
+    at = torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
+    changed = logits.float()
+    changed = changed.clone() if changed is logits else changed
+    values, divisor = changed[at], _column(factors, logits)
+    changed[at] = torch.where(values > 0, values / divisor, values * divisor) + _column(added, logits)
+    return changed
+
+
+def _changes(answer: Answer) -> dict[int, tuple[float, float]]:
+    """Token -> what its logit is divided by (multiplied, if negative), and what is added then."""
+    wish = answer.params
+    repetition, presence, frequency = wish.repetition_penalty, wish.presence_penalty, wish.frequency_penalty
+    if repetition == 1 and not (presence or frequency or wish.logit_bias):
+        return {}
+    counts = Counter(answer.tokens) if presence or frequency else Counter()
+    read = {*answer.prompt_tokens, *answer.tokens} if repetition != 1 else set()
+    changes = {}
+    for token in {*read, *counts, *wish.logit_bias}:
+        added = wish.logit_bias.get(token, 0.0) - (presence + frequency * counts[token] if counts[token] else 0.0)
+        changes[token] = (repetition if token in read else 1.0), added
+    return changes
 
 
 def _options(params: Sequence[SamplingParams], logits: torch.Tensor) -> dict[str, Any]:

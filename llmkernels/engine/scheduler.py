@@ -1,4 +1,4 @@
-"""Which tokens run in the next step: continuous batching, chunked prefill, preemption.
+"""Which tokens run in the next step: continuous batching, chunked prefill, prefix reuse, forks, preemption.
 
 Plain data in, plain data out; no tensors here.  A sequence is its tokens, and how many of them are computed, that is
 have their keys and values in its pages.  A step gives each running sequence a chunk of what is pending: one token
@@ -10,26 +10,24 @@ prefill are the same thing at different sizes, and mix in every batch.
                                      [ chunk ]  -> computed += count; at the end of tokens, a new token is sampled
 
 Order: everyone who runs is older than everyone who waits.  Pages go to the oldest first; when they run out, the
-youngest loses all of its own and waits again, at the front (its tokens are kept, its keys are computed anew).  The
-oldest therefore always gets on, and with it, in turn, everybody.
+youngest loses all of its own and waits again, at the front (its tokens are kept, its keys are computed anew, unless
+the prefix cache still has them).  The oldest therefore always gets on, and with it, in turn, everybody.
+
+Pages are shared by sequences that have the same tokens up to there: a prefix found at admission, a page that two
+sequences computed at the same time, forks of one prompt.  Who is about to write into a shared page gets a copy first.
 """
 
 from collections import deque
+from collections.abc import Hashable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
+
+from llmkernels.engine.pages import PagePool
+from llmkernels.engine.prefix import PrefixCache
 
 
-class Pool(Protocol):
-    """What the scheduler needs of cache.PagePool."""
-
-    pages: int
-
-    def take(self, count: int) -> list[int] | None: ...
-    def give_back(self, pages: Row[int]) -> None: ...
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One request while it is alive.
 
@@ -37,30 +35,41 @@ class Sequence:
     prompt_length: how many of them are the prompt.
     limit: how many tokens there may be at most, prompt included.
     stop: token ids that end the text.
+    scope: what its keys depend on besides its tokens; see PrefixCache.
+    forks: sequences with the same prompt that start from this one's pages once the prompt is computed.
     payload: the caller's, untouched.
     computed: the first so many tokens have their keys and values in pages.
     pages: ids of its pages, in order; token i is in pages[i // page_size].
-    finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit) or 'abort'.
+    cached: how many tokens' keys were there when it first ran.  None: it has not run yet.
+    finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit), or what `end` was told.
     """
 
     tokens: list[int]
     prompt_length: int
     limit: int
     stop: frozenset[int] = frozenset()
+    scope: Hashable = None
+    forks: "list[Sequence]" = field(default_factory=list)
     payload: Any = None
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    cached: int | None = None
     finish_reason: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
-    """Tokens start to start + count of a sequence run in this step.  `samples`: they end it, so a new one follows."""
+    """Tokens start to start + count of a sequence run in this step.
+
+    samples: they end it, so a new token follows.
+    copy: a page whose keys must be copied before the step runs, and the page they go to; None: no copy.
+    """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    copy: tuple[int, int] | None = None
 
 
 class Scheduler:
@@ -68,22 +77,31 @@ class Scheduler:
 
     max_batch_tokens: tokens a step at most.
     max_sequences: sequences that run at once at most; not more than max_batch_tokens, so that each gets on each step.
+    prefix: where keys that were computed before are looked up; None: nowhere.
     """
 
-    def __init__(self, pool: Pool, page_size: int, max_batch_tokens: int, max_sequences: int):
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        max_batch_tokens: int,
+        max_sequences: int,
+        prefix: PrefixCache | None = None,
+    ):
         if not 1 <= max_sequences <= max_batch_tokens:
             raise ValueError(
                 f"max_sequences is {max_sequences} and max_batch_tokens {max_batch_tokens}; "
                 "give 1 <= max_sequences <= max_batch_tokens, a token each step for each sequence"
             )
-        self.pool, self.page_size = pool, page_size
+        self.pool, self.page_size, self.prefix = pool, page_size, prefix
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._blocked: tuple[Sequence | None, int] = (None, 0)  # who waits for pages, and how many it lacked
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; ValueError where even an empty pool could not hold it to its end."""
+        """Queue a sequence and its forks; ValueError where even an empty pool could not hold it to its end."""
         needed = -(-(sequence.limit - 1) // self.page_size)  # the last token's keys are never needed
         if needed > self.pool.pages:
             raise ValueError(
@@ -97,19 +115,19 @@ class Scheduler:
         chunks: list[Chunk] = []
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
         while len(chunks) < len(self.running):
-            sequence = self.running[len(chunks)]
-            if self._reserve(sequence):
-                chunks.append(_chunk(sequence, 1 + spare))
-                spare -= chunks[-1].count - 1
+            chunk = self._plan(self.running[len(chunks)], 1 + spare)
+            if chunk:
+                chunks.append(chunk)
+                spare -= chunk.count - 1
             else:
                 self._preempt()  # the youngest, who has no chunk yet; at worst this very sequence
         while self.waiting and spare and len(self.running) < self.max_sequences:
-            if not self._reserve(self.waiting[0]):
+            chunk = self._admit(self.waiting[0], spare)
+            if not chunk:
                 break
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            chunks.append(_chunk(sequence, spare))
-            spare -= chunks[-1].count
+            self.running.append(self.waiting.popleft())
+            chunks.append(chunk)
+            spare -= chunk.count
         return chunks
 
     def advance(self, chunks: Row[Chunk], sampled: Row[int]) -> None:
@@ -121,43 +139,107 @@ class Scheduler:
             if sequence.finish_reason:
                 continue  # aborted while the step ran
             sequence.computed += chunk.count
+            if self.prefix:
+                self._keep(self.prefix, sequence, chunk.start)
             if token is not None:
+                if sequence.forks:
+                    self._fork(sequence)
                 sequence.tokens.append(token)
                 if token in sequence.stop:
                     self._finish(sequence, "stop")
                 elif len(sequence.tokens) >= sequence.limit:
                     self._finish(sequence, "length")
 
-    def abort(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
         if sequence in self.running or sequence in self.waiting:
-            self._finish(sequence, "abort")
+            self._finish(sequence, reason)
+        for parent in (*self.running, *self.waiting):
+            if sequence in parent.forks:
+                parent.forks.remove(sequence)
+                sequence.finish_reason = reason
 
-    def _reserve(self, sequence: Sequence) -> bool:
-        """Pages for all of its tokens, pending ones included: a prompt once admitted never waits for pages midway."""
-        missing = -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
-        taken = self.pool.take(missing) if missing > 0 else []
-        sequence.pages += taken or []
-        return taken is not None
+    def _plan(self, sequence: Sequence, most: int) -> Chunk | None:
+        """The sequence's next chunk, of at most so many tokens; None, and nothing changed, where pages are short.
+
+        Pages are taken for all of its tokens: a prompt once admitted never waits for pages midway.
+        """
+        pages, start, copy = sequence.pages, sequence.computed, None
+        first = start // self.page_size
+        split = first < len(pages) and self.pool.users(pages[first]) > 1
+        missing = -(-len(sequence.tokens) // self.page_size) - len(pages)
+        if missing or split:
+            taken = self.pool.take(missing + split)
+            if taken is None:
+                return None
+            if split:
+                copy = pages[first], taken.pop()
+                self.pool.give_back(copy[:1])
+                pages[first] = copy[1]
+            pages += taken
+        count = min(len(sequence.tokens) - start, most)
+        return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
+
+    def _admit(self, sequence: Sequence, most: int) -> Chunk | None:
+        """The first chunk of a sequence that waits, behind the longest known prefix; None where pages are short."""
+        blocked, missing = self._blocked
+        if blocked is sequence and missing > self.pool.free:
+            return None  # before the prompt is looked up again
+        if self.prefix:
+            sequence.pages = self.prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
+            sequence.computed = len(sequence.pages) * self.page_size
+        chunk = self._plan(sequence, most)
+        if not chunk:
+            self._blocked = sequence, -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
+            self._release(sequence)
+        elif sequence.cached is None:
+            sequence.cached = chunk.start
+            if self.prefix:
+                self.prefix.found += chunk.start
+                self.prefix.asked += len(sequence.tokens)
+        return chunk
+
+    def _keep(self, prefix: PrefixCache, sequence: Sequence, start: int) -> None:
+        """The pages that are full since `start` may be found by others."""
+        pages, size = sequence.pages, self.page_size
+        for i in range(start // size, sequence.computed // size):
+            before = pages[i - 1] if i else None
+            pages[i] = prefix.add(sequence.scope, before, sequence.tokens[i * size : (i + 1) * size], pages[i])
+
+    def _fork(self, parent: Sequence) -> None:
+        """Its forks run from here on, right behind it.  Each computes the prompt's last token again, for its logits."""
+        at, late = self.running.index(parent) + 1, []
+        for child in parent.forks:
+            if len(self.running) == self.max_sequences:
+                late.append(child)
+                continue
+            child.computed = child.cached = len(child.tokens) - 1
+            child.pages = parent.pages[: -(-len(child.tokens) // self.page_size)]
+            self.pool.share(child.pages)
+            self.running.insert(at, child)
+            at += 1
+        self.waiting.extendleft(reversed(late))
+        parent.forks = []
 
     def _preempt(self) -> None:
         victim = self.running.pop()
         self._release(victim)
-        victim.computed = 0
         self.waiting.appendleft(victim)
         self.preemptions += 1
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
+        """End it.  Forks that still wait for its prompt go on: the first takes its place, and its pages."""
         sequence.finish_reason = reason
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self._release(sequence)
+        queue = self.running if sequence in self.running else self.waiting
+        if not sequence.forks:
+            queue.remove(sequence)
+            self._release(sequence)
+            return
+        heir, *heir.forks = sequence.forks
+        heir.pages, heir.computed, heir.cached = sequence.pages, sequence.computed, sequence.cached
+        sequence.pages, sequence.forks = [], []
+        queue[queue.index(sequence)] = heir
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.pages)
-        sequence.pages = []
-
-
-def _chunk(sequence: Sequence, most: int) -> Chunk:
-    count = min(len(sequence.tokens) - sequence.computed, most)
-    end = sequence.computed + count
-    return Chunk(sequence, sequence.computed, count, end == len(sequence.tokens))
+        sequence.pages, sequence.computed = [], 0

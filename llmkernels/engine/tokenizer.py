@@ -1,6 +1,7 @@
 """Text -> token ids, and back one token at a time, through the `tokenizers` library."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -46,3 +47,28 @@ class Detokenizer:
     def _keep(self, tokens: list[int]) -> None:
         self._window = tokens[-CONTEXT:]
         self._shown = self._tokenizer.decode(self._window).rstrip(BROKEN)
+
+
+class StopStrings:
+    """Ends a text before the first of some strings.  What may be the beginning of one is held back until it is not."""
+
+    def __init__(self, strings: Sequence[str]):
+        self._strings = strings
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """The text that can be shown after this piece, and whether it ended there."""
+        text, self._held = self._held + piece, ""
+        found = [at for at in (text.find(string) for string in self._strings) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        for start in range(max(0, len(text) - max(map(len, self._strings), default=0) + 1), len(text)):
+            if any(string.startswith(text[start:]) for string in self._strings):
+                self._held = text[start:]
+                return text[:start], False
+        return text, False
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        text, self._held = self._held, ""
+        return text

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from llmkernels import quant
 from llmkernels.engine.model import Layer, Linear, Model, ModelConfig, rotary_tables
+from llmkernels.quant import QuantizedWeight, formats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE = {  # rope type -> what its parameters must hold beside rope_theta
@@ -58,6 +59,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is not a directory; give that of a checkpoint, where config.json is")
         raw = read_json(self.path / "config.json")
         self.config = read_config(raw, self.path)
+        self.stored = _stored(raw, self.path)
         generation = self.path / "generation_config.json"
         self.generation = {"eos_token_id": raw.get("eos_token_id")}
         self.generation |= read_json(generation) if generation.is_file() else {}
@@ -72,6 +74,19 @@ class Checkpoint:
         if have != shape:
             raise CheckpointError(f"{name} has shape {have}; config.json asks for {shape}: use the one made for it")
         return self._place[name].get_tensor(name)
+
+    def projection(self, name: str, rows: int, columns: int) -> QuantizedWeight | None:
+        """The weight [rows columns] of the layer `name`; None where it is not quantized, but a plain tensor."""
+        if self.stored is None or self.stored.scheme(name) is None:
+            return None
+        shapes = self.stored.tensors(name, rows, columns)
+        try:
+            parts = {part: self.tensor(f"{name}.{part}", *shape) for part, shape in shapes.items()}
+            return self.stored.weight(name, parts, columns)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from None
 
     def _file_names(self) -> list[str]:
         index = self.path / "model.safetensors.index.json"
@@ -94,8 +109,6 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     if family is None:
         what = " or ".join(map(str, names)) or f"model_type {raw.get('model_type')!r} without architectures"
         raise CheckpointError(f"{path} is {what}, which is not supported; the architectures are {', '.join(FAMILIES)}")
-    if raw.get("quantization_config"):
-        raise CheckpointError(f"{path} is quantized, which is not read yet; take the original, and LLM(quantize=...)")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
 
@@ -131,17 +144,44 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     )
 
 
-def load(checkpoint: Checkpoint, dtype: str, device: torch.device, length: int, quantize: str | None = None) -> Model:
-    """The model, with rotary tables for `length` positions; `quantize` rounds every projection to that scheme."""
+def load(
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: torch.device,
+    length: int,
+    quantize: str | None = None,
+    quantize_head: str | None = None,
+) -> Model:
+    """The model, with rotary tables for `length` positions.
+
+    `quantize` rounds every projection of the layers to that scheme, `quantize_head` the one to the vocabulary; scales
+    are in the dtype of the model.
+    """
     config = checkpoint.config
+    if quantize and checkpoint.stored:
+        raise CheckpointError(f"{checkpoint.path} is quantized already; leave quantize={quantize!r} out")
 
     def tensor(name: str, *shape: int) -> torch.Tensor:
         return checkpoint.tensor(name, *shape).to(device, DTYPES[dtype])
 
+    def rounded(weight: torch.Tensor, scheme: str | None) -> Any:
+        return quant.quantize(weight, scheme, scale_dtype=weight.dtype) if scheme else weight
+
     def linear(prefix: str, parts: dict[str, int], width: int, bias: bool) -> Linear:
-        weight = torch.cat([tensor(f"{prefix}{part}.weight", rows, width) for part, rows in parts.items()])
+        stored = [checkpoint.projection(prefix + part, rows, width) for part, rows in parts.items()]
+        quantized = [weight for weight in stored if weight is not None]
+        weight: Any
+        if not quantized:
+            weight = torch.cat([tensor(f"{prefix}{part}.weight", rows, width) for part, rows in parts.items()])
+            weight = rounded(weight, quantize)
+        elif len(quantized) < len(stored):
+            raise CheckpointError(
+                f"{prefix}: of {', '.join(parts)} only some are quantized, but they are one product here"
+            )
+        else:
+            weight = _joined(prefix, quantized).to(device)
         added = torch.cat([tensor(f"{prefix}{part}.bias", rows) for part, rows in parts.items()]) if bias else None
-        return Linear(quant.quantize(weight, quantize) if quantize else weight, added)
+        return Linear(weight, added)
 
     def layer(index: int) -> Layer:
         at, hidden, head_dim = f"model.layers.{index}.", config.hidden, config.head_dim
@@ -161,12 +201,13 @@ def load(checkpoint: Checkpoint, dtype: str, device: torch.device, length: int, 
         )
 
     embedding = tensor("model.embed_tokens.weight", config.vocab, config.hidden)
+    head = embedding if config.tied else tensor("lm_head.weight", config.vocab, config.hidden)
     return Model(
         config,
         embedding,
         [layer(index) for index in range(config.layers)],
         tensor("model.norm.weight", config.hidden),
-        Linear(embedding if config.tied else tensor("lm_head.weight", config.vocab, config.hidden)),
+        Linear(rounded(head, quantize_head)),
         *rotary_tables(config, length, device),
     )
 
@@ -209,6 +250,24 @@ def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
             raise CheckpointError(f"{path}: rope type {kind} needs {key}, a positive number; it is {rope.get(key)!r}")
     return rope
+
+
+def _stored(raw: dict[str, Any], path: Path) -> formats.Format | None:
+    """How the checkpoint's quantized layers are stored; None where it has none."""
+    config = raw.get("quantization_config")
+    if not config:
+        return None
+    try:
+        return formats.read(config)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: quantization_config cannot be used: {error}") from None
+
+
+def _joined(prefix: str, weights: list[QuantizedWeight]) -> QuantizedWeight:
+    try:
+        return QuantizedWeight.concatenate(weights) if len(weights) > 1 else weights[0]
+    except ValueError as error:
+        raise CheckpointError(f"{prefix}: its projections cannot be one product: {error}") from None
 
 
 def _open(file: Path) -> Any:

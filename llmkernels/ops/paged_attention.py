@@ -20,6 +20,7 @@ def check(call, sizes):
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"paged_attention: heads={heads} is not a multiple of kv_heads={kv_heads}; repeat or drop heads until it is"
+            + _maybe_hnd(call)
         )
     quantized = sizes["C"] != sizes["T"]
     if quantized and sizes["C"] in FLOATS:
@@ -61,25 +62,27 @@ def check_values(call):
     pages, page_size, tokens = call["k_cache"].shape[0], call["k_cache"].shape[1], call["q"].shape[0]
     if starts[0] != 0 or starts[-1] != tokens or any(a > b for a, b in pairwise(starts)):
         raise ValueError(f"paged_attention: cu_seqlens_q is {starts}; it must rise from 0 to tokens={tokens}")
+    live: list[tuple[int, int]] = []
     for s, (new, length) in enumerate(zip(new_tokens(starts), lengths, strict=True)):
         if length < 0 or length > table.shape[1] * page_size:
             raise ValueError(
                 f"paged_attention: seq_lens[{s}] is {length}; block_table has room for "
-                f"{table.shape[1]} pages of {page_size}"
+                f"{table.shape[1]} pages of {page_size}: widen it" + _maybe_hnd(call)
             )
         if length and length < new:
             raise ValueError(
                 f"paged_attention: seq_lens[{s}] is {length}, but the sequence has {new} new tokens, which are keys too"
             )
-        first, last = live_pages(length, new, page_size, call["window"][0])
-        if length and new:
-            ids = table[s, first:last]
-            if int(ids.min()) < 0 or int(ids.max()) >= pages:
-                at = first + int(((ids < 0) | (ids >= pages)).nonzero()[0])
-                raise ValueError(
-                    f"paged_attention: block_table[{s}, {at}] is {int(table[s, at])}; "
-                    f"the cache has pages 0 to {pages - 1}"
-                )
+        live.append(live_pages(length, new, page_size, call["window"][0]) if length and new else (0, 0))
+    if width := max((last for _, last in live), default=0):
+        column, (first, last) = torch.arange(width, device=table.device), torch.tensor(live, device=table.device).T
+        ids = table[:, :width]
+        wrong = (column >= first[:, None]) & (column < last[:, None]) & ((ids < 0) | (ids >= pages))
+        if bool(wrong.any()):
+            s, at = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"paged_attention: block_table[{s}, {at}] is {int(table[s, at])}; the cache has pages 0 to {pages - 1}"
+            )
     for name, longest in (
         ("max_seqlen_q", max(new_tokens(starts), default=0)),
         ("max_seqlen_k", max(lengths, default=0)),
@@ -91,6 +94,17 @@ def check_values(call):
             f"paged_attention: tree_mask has {call['tree_mask'].shape[1]} words of 32 new tokens; "
             f"a sequence has {max(new_tokens(starts))}"
         )
+
+
+def _maybe_hnd(call):
+    """A hint where the caches may be [pages kv_heads page_size dim], which shapes alone cannot tell."""
+    heads, (_, second, third, _) = call["q"].shape[1], call["k_cache"].shape
+    if second in (0, third) or heads % second:
+        return ""
+    return (
+        f".  The caches' second dimension, {second}, divides heads: if that is kv_heads, they are HND; "
+        "pass k_cache.transpose(1, 2) and v_cache.transpose(1, 2), which are views"
+    )
 
 
 def new_tokens(starts):

@@ -1,7 +1,7 @@
 """The one form in which quantized weights travel: loaders make it of any checkpoint format, backends pack it anew."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -100,6 +100,17 @@ class QuantizedWeight:
         moved = {name: part.to(device) for name, part in self._parts().items()}
         return self if all(moved[name] is part for name, part in self._parts().items()) else replace(self, **moved)
 
+    @classmethod
+    def concatenate(cls, weights: Sequence["QuantizedWeight"]) -> "QuantizedWeight":
+        """One weight whose rows are those of all `weights`, in order (torch): q, k and v, or gate and up.
+
+        Products with it are those with each, exactly.  fp8_tensor becomes fp8_row, because scales may differ.
+
+        Raises:
+            ValueError: weights that no one scheme can hold together.
+        """
+        return _concatenate(weights)
+
     def dequantize(self, dtype: Any = None) -> Any:
         """The dense weight [out, in], columns in the order of x's features.
 
@@ -173,6 +184,42 @@ class QuantizedWeight:
                 raise ValueError(
                     f"QuantizedWeight: values is on {self.device} but {name} on {part.device}; put them on one device"
                 )
+
+
+def _concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    import torch
+
+    where = "QuantizedWeight.concatenate:"
+    if not weights:
+        raise ValueError(f"{where} weights is empty; pass at least one")
+    first = weights[0]
+    for at, other in enumerate(weights):
+        if (other.scheme, other.shape[1]) != (first.scheme, first.shape[1]):
+            raise ValueError(
+                f"{where} weights[{at}] is {other.scheme} with {other.shape[1]} columns, weights[0] {first.scheme} "
+                f"with {first.shape[1]}; only weights of one scheme and input become one: keep them apart"
+            )
+        for name in ("permutation", "input_scale"):
+            mine, part = getattr(first, name), getattr(other, name)
+            if part is not None and not torch.equal(part, mine):
+                raise ValueError(
+                    f"{where} {name} of weights[{at}] is not that of weights[0], and one weight has one; keep them "
+                    "apart"
+                )
+    if first.scheme.granularity == "block" and any(weight.shape[0] % BLOCK for weight in weights[:-1]):
+        raise ValueError(
+            f"{where} the weights have {', '.join(str(weight.shape[0]) for weight in weights)} rows; a block of "
+            f"{BLOCK} rows with one scale would reach over two of them: keep them apart"
+        )
+    to = first.scheme
+    parts: dict[str, Any] = {
+        name: [getattr(weight, name) for weight in weights] for name in ("values", "scales", "zeros")
+    }
+    if to.granularity == "tensor":
+        to = replace(to, granularity="row")
+        parts["scales"] = [weight.scales.expand(weight.shape[0], 1) for weight in weights]
+    joined: dict[str, Any] = {name: None if p[0] is None else torch.cat(p) for name, p in parts.items()}
+    return replace(first, scheme=to, **joined)
 
 
 def _check_part(weight: QuantizedWeight, name: str, part: Any, shape: tuple | None, dtypes: tuple[str, ...]) -> None:

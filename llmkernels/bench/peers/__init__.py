@@ -15,9 +15,10 @@ from llmkernels.registry import describe
 Call = Mapping[str, Any]
 Prepare = Callable[[Call], Callable[[], Any] | None]
 
-MODULES = ("small_ops", "attention", "gemm", "flashinfer", "onnxruntime")
+MODULES = ("small_ops", "attention", "gemm", "flashinfer", "onnxruntime", "ggml")
 PEERS: dict[str, dict[str, Prepare]] = {}
-SLOW = ("torch.compile",)  # seconds of preparation for every shape: left out of quick runs
+OWN_ROUNDING: set[str] = set()  # names of peers that round x to int8 in groups of their own
+SLOW = ("torch.compile", "torch.compile, frozen")  # seconds of preparation for every shape: left out of quick runs
 
 
 def peers(op: str, quick: bool = False) -> Iterator[tuple[str, Prepare]]:
@@ -38,10 +39,34 @@ def _compiled(function: Callable, kind: tuple[str, ...]) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def peer(op: str, name: str, needs: str | None = None) -> Callable[[Prepare], Prepare]:
-    """Register the decorated `prepare` as a peer of `op`, if the package it needs is there."""
+def compiled_frozen(function: Callable, held: Call, given: Call) -> Callable[[], Any]:
+    """`function` of both, compiled with the tensors in `held` as constants, which the compiler may pack anew."""
+    import torch
+
+    class Frozen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in held.items():
+                self.register_buffer(name, value)
+
+        def forward(self, given: Call) -> Any:
+            return function(**given, **{name: getattr(self, name) for name in held})
+
+    run = torch.no_grad()(partial(torch.compile(Frozen(), dynamic=False), given))
+    with torch._inductor.config.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=64):
+        run()  # compiles here, under these settings
+    return run
+
+
+def peer(op: str, name: str, needs: str | None = None, own_rounding: bool = False) -> Callable[[Prepare], Prepare]:
+    """Register the decorated `prepare` as a peer of `op`, if the package it needs is there.
+
+    own_rounding: it rounds activations, but in other groups than the contract says: another answer, as good.
+    """
 
     def register(prepare: Prepare) -> Prepare:
+        if own_rounding:
+            OWN_ROUNDING.add(name)
         if needs is None or util.find_spec(needs):
             PEERS.setdefault(op, {})[name] = prepare
         return prepare

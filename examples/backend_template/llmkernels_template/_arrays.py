@@ -6,14 +6,11 @@ DTYPES = ("float32", "float16")
 
 
 def reasons(**arrays):
-    """What NumPy cannot take, as refusals: bfloat16, and tensors that live elsewhere."""
+    """What NumPy cannot take, as refusals: bfloat16."""
     for name, array in arrays.items():
         dtype = str(array.dtype).rpartition(".")[2]
         if dtype not in DTYPES:
             yield "DTYPE", f"{name} is {dtype}; takes {' and '.join(DTYPES)}", f"cast {name} to float32"
-        device = str(getattr(array, "device", "cpu"))
-        if device != "cpu":
-            yield "DEVICE", f"{name} is on {device}; NumPy computes on the CPU", f"move {name} to the CPU"
 
 
 def wide(array):

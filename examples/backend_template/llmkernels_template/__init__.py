@@ -1,6 +1,7 @@
-"""A third-party backend: two ops in NumPy, for NumPy arrays and for torch tensors on the CPU."""
+"""The template of a backend: two ops in NumPy, for NumPy arrays and for torch tensors on the CPU."""
 
 ARRAYS = ("numpy", "torch")  # whose arrays it takes
+DEVICES = ("cpu",)  # on which kinds of device torch tensors may lie; leave it out where refuse() decides
 NATIVE = False  # nothing here is compiled, so nothing is checked at first use
 EMULATION = None  # there is no other machine to stand in for
 

@@ -1,0 +1,66 @@
+"""`llmkernels serve`: a checkpoint behind an OpenAI-compatible HTTP interface."""
+
+import os
+from importlib import util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmkernels.cli import app
+from llmkernels.cli.screen import progress
+
+NEEDS = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="A checkpoint's directory; the shipped one by default.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; its directory's name.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LLMKERNELS_API_KEY", help="Every route but /health demands it.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A jinja file, instead of the checkpoint's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Round the weights at load, as in w4a16_g128.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, int8, float8_e4m3fn or float8_e5m2.")] = "auto",
+    kv_cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory for keys and values, in GiB.")] = 1.0,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Requests that run at once; the others wait.")] = 64,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts run in chunks.")] = 512,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and its answer at most.")] = None,
+    prefix_reuse: Annotated[bool, typer.Option(help="Keep keys for prompts that begin alike.")] = True,
+) -> None:
+    """Answer OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+    if missing := [package for package in NEEDS if not util.find_spec(package)]:
+        raise ValueError(f"{', '.join(missing)} is not installed; pip install 'llmkernels[serve]'")
+    if api_key == "":
+        raise ValueError("the API key is empty; give one, or leave it out")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see generate.py
+    import uvicorn
+
+    from llmkernels.engine.llm import LLM, shipped_model
+    from llmkernels.server.app import create_app
+    from llmkernels.server.chat import read_template
+
+    path = shipped_model() if model is None else Path(model)
+    with progress("loading the checkpoint"):
+        llm = LLM(
+            path,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_bytes=int(kv_cache_gib * 2**30),
+            max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
+            max_length=max_length,
+            prefix_reuse=prefix_reuse,
+        )
+    called = name or path.resolve().name
+    server = create_app(llm, called, template=read_template(path, chat_template), api_key=api_key)
+    uvicorn.run(server, host=host, port=port, log_level="info")

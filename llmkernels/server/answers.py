@@ -1,0 +1,102 @@
+"""Deltas -> what OpenAI's clients read: choices, chunks, logprobs, usage."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llmkernels.engine.output import Delta, Output
+from llmkernels.engine.tokenizer import BROKEN
+from llmkernels.server.protocol import PromptDetails, Usage
+
+
+class Form:
+    """The shape of one response: of completions, or of chat.
+
+    name: the model's, as the client knows it.
+    """
+
+    def __init__(self, name: str, tokenizer: Tokenizer | None, chat: bool):
+        self._name, self._tokenizer, self._chat = name, tokenizer, chat
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._begun: set[int] = set()
+
+    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The response that is not streamed; a choice for each output, numbered as they come."""
+        choices = []
+        for index, output in enumerate(outputs):
+            choice = self._choice(index, output.finish_reason, self._logprobs(output, 0, len(output.tokens)))
+            if self._chat:
+                choice["message"] = {"role": "assistant", "content": output.text, "refusal": None}
+            else:
+                choice["text"] = output.text
+            choices.append(choice)
+        return self._envelope(choices, whole=True) | {"usage": usage(outputs).model_dump()}
+
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
+        """The chunk that tells of this delta of choice number `index`."""
+        end = delta.start + len(delta.tokens)
+        choice = self._choice(index, delta.finish_reason, self._logprobs(delta.output, delta.start, end))
+        if self._chat:
+            role = {} if index in self._begun else {"role": "assistant"}
+            self._begun.add(index)
+            choice["delta"] = role | {"content": delta.text}
+        else:
+            choice["text"] = delta.text
+        return self._envelope([choice], whole=False)
+
+    def last(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The chunk without choices that ends a stream whose client wants its usage."""
+        return self._envelope([], whole=False) | {"usage": usage(outputs).model_dump()}
+
+    def _envelope(self, choices: list[dict[str, Any]], whole: bool) -> dict[str, Any]:
+        kind = "text_completion" if not self._chat else "chat.completion" if whole else "chat.completion.chunk"
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._name, "choices": choices}
+
+    @staticmethod
+    def _choice(index: int, reason: str | None, logprobs: Any) -> dict[str, Any]:
+        return {"index": index, "finish_reason": reason, "logprobs": logprobs}
+
+    def _logprobs(self, output: Output, start: int, end: int) -> dict[str, Any] | None:
+        """Those of tokens start to end; None where nobody asked."""
+        if not output.params.logprobs:
+            return None
+        tokens, own = output.tokens[start:end], output.logprobs[start:end]
+        tops = output.top_logprobs[start:end] if output.params.top_logprobs else [{} for _ in tokens]
+        if self._chat:
+            rows = zip(tokens, own, tops, strict=True)
+            content = [
+                self._entry(token, value) | {"top_logprobs": [self._entry(*pair) for pair in top.items()]}
+                for token, value, top in rows
+            ]
+            return {"content": content, "refusal": None}
+        texts = [self._text(token) for token in tokens]
+        ends = [len(self._text(token)) for token in output.tokens[:end]]
+        return {
+            "tokens": texts,
+            "token_logprobs": own,
+            "top_logprobs": [{self._text(token): value for token, value in top.items()} for top in tops],
+            "text_offset": [sum(ends[:i]) for i in range(start, end)],
+        }
+
+    def _entry(self, token: int, value: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": value, "bytes": None if BROKEN in text else list(text.encode())}
+
+    def _text(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False) if self._tokenizer else str(token)
+
+
+def usage(outputs: Sequence[Output]) -> Usage:
+    """Tokens read and written; a prompt counts once, however many answers it has."""
+    firsts = [output for output in outputs if output.index == 0]
+    prompt, written = sum(len(o.prompt_tokens) for o in firsts), sum(len(o.tokens) for o in outputs)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=written,
+        total_tokens=prompt + written,
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(o.cached_tokens for o in firsts)),
+    )

@@ -1,0 +1,242 @@
+"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from llmkernels.engine.async_llm import AsyncLLM, EngineStopped
+from llmkernels.engine.llm import LLM, Prompt
+from llmkernels.engine.output import Delta, Output
+from llmkernels.engine.sampling import SamplingParams
+from llmkernels.server.answers import Form
+from llmkernels.server.chat import ChatTemplate
+from llmkernels.server.guard import Guard, error
+from llmkernels.server.metrics import Metrics
+from llmkernels.server.protocol import ChatRequest, CompletionRequest, Error, Model, ModelList, Sampling
+
+MOST_CHOICES = 128  # prompts times n
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 401, 404, 413, 503)}
+
+
+class Refused(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        self.status, self.content = status, error(message, param=param, code=code)
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api_key: str | None = None) -> FastAPI:
+    """An ASGI application that owns `llm` while it runs.
+
+    Args:
+        name: what clients call the model.
+        template: how a chat becomes a prompt; without one, chat is refused.
+        api_key: every route but /health demands it.
+    """
+    metrics = Metrics(llm)
+    started = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncLLM(llm, metrics.observe) as engine:
+            app.state.engine = engine
+            yield
+
+    app = FastAPI(title="llmkernels", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, api_key=api_key)
+    _errors(app)
+
+    def known(model: str | None) -> None:
+        if model not in (None, name):
+            raise Refused(404, f"there is no model {model!r}; this server has {name!r}", "model", "model_not_found")
+
+    @app.post("/v1/completions", responses=ERRORS, response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        known(body.model)
+        prompts = body.prompts()
+        if not prompts:
+            raise Refused(400, "prompt holds nothing; give at least one", "prompt")
+        if len(prompts) * body.n > MOST_CHOICES:
+            raise Refused(400, f"{len(prompts)} prompts with n={body.n}; at most {MOST_CHOICES} choices", "n")
+        form = Form(name, llm.tokenizer, chat=False)
+        return await _respond(request, body, prompts, body.params(body.max_tokens, body.logprobs), form)
+
+    @app.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        known(body.model)
+        if template is None or llm.tokenizer is None:
+            raise Refused(400, f"{name!r} has no chat template; use /v1/completions", "messages", "no_chat_template")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Refused(400, "top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
+        text = await asyncio.to_thread(template.prompt, [message.plain() for message in body.messages])
+        prompt = llm.tokenizer.encode(text, add_special_tokens=False).ids
+        room = max(1, llm.max_length - len(prompt))
+        params = body.params(
+            body.max_completion_tokens or body.max_tokens or room, (body.top_logprobs or 0) if body.logprobs else None
+        )
+        return await _respond(request, body, [prompt], params, Form(name, llm.tokenizer, chat=True))
+
+    @app.get("/v1/models", responses=ERRORS)
+    async def models() -> ModelList:
+        return ModelList(data=[Model(id=name, created=started)])
+
+    @app.get("/v1/models/{model:path}", responses=ERRORS)
+    async def one_model(model: str) -> Model:
+        known(model)
+        return Model(id=name, created=started)
+
+    @app.get("/health", responses={503: {"model": Error}})
+    async def health(request: Request) -> PlainTextResponse:
+        if not request.app.state.engine.alive:
+            raise Refused(503, "the engine has stopped; restart the server")
+        return PlainTextResponse("ok\n")
+
+    @app.get("/metrics", responses=ERRORS)
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _respond(
+    request: Request, body: Sampling, prompts: Sequence[Prompt], params: SamplingParams, form: Form
+) -> Response:
+    """Run the prompts, params.n answers to each, and answer whole or in a stream."""
+    deltas = _merged(request.app.state.engine, prompts, params, body.cache_salt)
+    if not body.stream:
+        outputs = await _unless_gone(request, _collect(deltas))
+        return JSONResponse(form.whole(outputs))
+    first = await anext(deltas)  # what is wrong with the request is told as an error, not in a stream
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    return StreamingResponse(_events(first, deltas, form, usage), media_type="text/event-stream")
+
+
+async def _merged(
+    engine: AsyncLLM, prompts: Sequence[Prompt], params: SamplingParams, salt: str | None
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(number of the choice, delta) of all prompts, as they come; leaving it aborts them all."""
+    arrived: asyncio.Queue[tuple[int, Delta] | BaseException] = asyncio.Queue()
+
+    async def follow(number: int, prompt: Prompt) -> None:
+        try:
+            async with aclosing(engine.stream(prompt, params, salt=salt)) as deltas:
+                async for delta in deltas:
+                    arrived.put_nowait((number * params.n + delta.output.index, delta))
+        except (ValueError, EngineStopped) as failure:
+            arrived.put_nowait(failure)
+
+    tasks = [asyncio.create_task(follow(number, prompt)) for number, prompt in enumerate(prompts)]
+    left = len(prompts) * params.n
+    try:
+        while left:
+            item = await arrived.get()
+            if isinstance(item, BaseException):
+                raise item
+            left -= item[1].finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _collect(deltas: AsyncGenerator[tuple[int, Delta], None]) -> list[Output]:
+    outputs: dict[int, Output] = {}
+    async with aclosing(deltas):
+        async for number, delta in deltas:
+            outputs[number] = delta.output
+    return [outputs[number] for number in sorted(outputs)]
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """The result of a coroutine, which is cancelled when the client leaves."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise Gone
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _events(
+    first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None], form: Form, usage: bool
+) -> AsyncGenerator[str, None]:
+    """Server-sent events; the usage last, if wanted, and then [DONE]."""
+    outputs = {}
+    async with aclosing(deltas):
+        outputs[first[0]] = first[1].output
+        yield _event(form.chunk(*first))
+        try:
+            async for number, delta in deltas:
+                outputs[number] = delta.output
+                yield _event(form.chunk(number, delta))
+        except EngineStopped as failure:
+            yield _event(error(str(failure), "server_error"))
+            return
+    if usage:
+        yield _event(form.last([outputs[number] for number in sorted(outputs)]))
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape, and none that tells of paths or code."""
+
+    def answer(status: int, content: dict[str, Any]) -> JSONResponse:
+        return JSONResponse(content, status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, failure: RequestValidationError) -> JSONResponse:
+        first = failure.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("function-", "list[")))
+        words = "unknown field; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        return answer(400, error(f"{where or 'body'}: {words}", param=where or None))
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, failure: Refused) -> JSONResponse:
+        return answer(failure.status, failure.content)
+
+    @app.exception_handler(ValueError)
+    async def wrong(request: Request, failure: ValueError) -> JSONResponse:
+        return answer(400, error(str(failure)))
+
+    @app.exception_handler(Gone)
+    async def gone(request: Request, failure: Gone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(EngineStopped)
+    async def stopped(request: Request, failure: EngineStopped) -> JSONResponse:
+        return answer(503, error("the engine has stopped; restart the server", "server_error"))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, failure: HTTPException) -> JSONResponse:
+        return answer(failure.status_code, error(f"{request.method} {request.url.path}: {failure.detail}"))
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, failure: Exception) -> JSONResponse:
+        return answer(500, error("the server has a bug; its log says more", "server_error"))

@@ -1,0 +1,59 @@
+"""What stands before every route: the API key, and the size of a body.  Plain ASGI, so that streams stay streams."""
+
+import hmac
+import json
+from typing import Any
+
+MOST_BYTES = 4 << 20  # of a request's body
+OPEN = frozenset(("/health",))
+
+
+def error(message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> dict:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Guard:
+    """Lets a request through that has the key, if there is one, and whose body is not larger than MOST_BYTES."""
+
+    def __init__(self, app: Any, api_key: str | None = None):
+        self.app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if scope["path"] not in OPEN and not self._admits(headers.get(b"authorization", b"")):
+            words = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            return await _refuse(send, 401, error(words, "authentication_error", code="invalid_api_key"))
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > MOST_BYTES:
+                words = f"the body is larger than {MOST_BYTES} bytes; send less"
+                return await _refuse(send, 413, error(words, code="request_too_large"))
+            if not message.get("more_body"):
+                break
+        given = False
+
+        async def replay() -> Any:
+            nonlocal given
+            if given:
+                return await receive()  # from here on only the disconnect can come
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, replay, send)
+
+    def _admits(self, given: bytes) -> bool:
+        return self._expected is None or hmac.compare_digest(given, self._expected)
+
+
+async def _refuse(send: Any, status: int, content: dict) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(content).encode()})

@@ -1,0 +1,80 @@
+"""What Prometheus reads of a server: queues, pages, prefix hits, tokens, times, and which backend answered which op."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from llmkernels import ledger
+from llmkernels.engine.llm import LLM
+from llmkernels.engine.output import Delta, Output
+
+FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)  # seconds
+GAUGES = {
+    "running": "Requests that run.",
+    "waiting": "Requests that wait.",
+    "pages_used": "Pages of the cache that requests use.",
+    "pages_idle": "Pages that nobody uses and whose keys are kept.",
+    "pages_empty": "Pages without keys.",
+}
+COUNTERS = {
+    "preemptions": "Requests that lost their pages to older ones.",
+    "prefix_asked_tokens": "Tokens of prompts that were looked up in the prefix cache.",
+    "prefix_found_tokens": "Those of them whose keys were there.",
+}
+
+
+class Metrics:
+    """Counts what an engine does; `registry` is for prometheus_client."""
+
+    def __init__(self, llm: LLM):
+        self.registry = CollectorRegistry()
+        here: Any = {"namespace": "llmkernels", "registry": self.registry}
+        self._tokens = Counter("generated_tokens", "Tokens generated.", **here)
+        self._prompt = Counter("prompt_tokens", "Tokens of prompts, of requests that were answered.", **here)
+        self._finished = Counter("answers", "Answers finished.", ["reason"], **here)
+        self._first = Histogram(
+            "first_token_seconds", "From a request's arrival to its first text.", buckets=FAST, **here
+        )
+        self._next = Histogram("next_token_seconds", "Between two tokens of an answer.", buckets=FAST, **here)
+        self._last: WeakKeyDictionary[Output, float] = WeakKeyDictionary()  # aborted ones leave by themselves
+        self.registry.register(_Engine(llm))
+
+    def observe(self, deltas: list[Delta]) -> None:
+        """Called by the engine after each step."""
+        now = time.monotonic()
+        for delta in deltas:
+            output, count = delta.output, len(delta.tokens)
+            self._tokens.inc(count)
+            if output not in self._last:
+                self._first.observe(now - output.arrived)
+                self._prompt.inc(0 if output.index else len(output.prompt_tokens))
+            elif count:
+                self._next.observe((now - self._last[output]) / count)
+            self._last[output] = now
+            if delta.finish_reason:
+                self._finished.labels(delta.finish_reason).inc()
+                del self._last[output]
+
+
+class _Engine(Collector):
+    """What the engine itself counts, read when Prometheus asks."""
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+
+    def collect(self) -> Iterator[Any]:
+        stats = self._llm.stats()
+        for name, words in GAUGES.items():
+            yield GaugeMetricFamily(f"llmkernels_{name}", words, stats[name])
+        for name, words in COUNTERS.items():
+            yield CounterMetricFamily(f"llmkernels_{name}", words, stats[name])
+        calls = CounterMetricFamily("llmkernels_op_calls", "Calls of ops.", labels=["op", "backend"])
+        for op, backends in ledger.read().items():
+            for backend, row in backends.items():
+                calls.add_metric([op, backend], row["calls"])
+        yield calls
