@@ -53,7 +53,7 @@ FAULTS = {
     "a page's slots read with the head's stride": attention("slot * k_slot", "slot * k_head", "mixed", "HND"),
     "the scale of the first head": attention("kv_head * k_scale_head", "0 * k_scale_head", "int8 cache"),
     "a share ends a block too early": attention(
-        "tl.minimum(begin + mine * BLOCK_N, hi)", "tl.minimum(begin + (mine - 1) * BLOCK_N, hi)", "long decode"
+        "tl.minimum(begin + share, hi)", "tl.minimum(begin + share - BLOCK_N, hi)", "long decode"
     ),
     "a tile belongs to the sequence after it": attention("begins <= tile", "begins <= tile + 1", "prefill", "mixed"),
     "every tile begins at the first token": attention(

@@ -22,7 +22,7 @@ def tiles(rows, features, columns, kind, dot, group, chip):
     """Tile sizes and launch options.  `dot` is the dtype that is multiplied, `kind` how the weight is stored."""
     if INTERPRETED:
         # Small enough for two bands of tiles in 64 rows, and an uneven split of 320 columns: or no test would see them.
-        shape, wanted = (power(rows, 16, 32), power(features, 32, 256), 64, 1, 4, 2), 2
+        shape, wanted = (power(rows, 16, 32), power(features, 32, 256), 64, 1, 4, 2), 8
     elif dot == torch.float32:  # multiplied and added one by one: small tiles, or registers spill
         shape, wanted = (16, 64, 32, 8, 4, 2), chip.processors
     elif rows <= 255:

@@ -127,6 +127,7 @@ def _search(
     about = (subject.contract.name, subject.dtype, subject.case)
     if isinstance(best_seconds, str):
         return Skipped(key, *about, best_seconds)
+    own_seconds = best_seconds
     moved = True
     while moved:
         moved = False
@@ -135,7 +136,6 @@ def _search(
                 continue
             if not isinstance(t := took(candidate), str) and t < best_seconds * (1 - MARGIN):
                 best, best_seconds, moved = candidate, t, True
-    own_seconds = times[json.dumps(heuristic)]
     tried, refused = len(times), sum(isinstance(t, str) for t in times.values())
     if best != heuristic:
         rounds = []
