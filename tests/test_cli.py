@@ -226,11 +226,12 @@ def test_a_record_counts_no_forbidden_calls_and_replaces_older_ones(tmp_path):
 
 
 def test_records_of_several_instruction_sets_are_kept_apart_and_told_in_one_line(tmp_path):
-    results = [testing.Result("rms_norm", "cpu", dtype, "x", "passed") for dtype in ("float32", "bfloat16")]
+    dtypes = ("float32", "bfloat16", "float16")
+    results = [testing.Result("rms_norm", "cpu", dtype, "x", "passed") for dtype in dtypes]
     for isa in ("avx512", "avx2", None):
         status.write(tmp_path / "x.json", status.summarize(results, "ran", "a chip", isa))
     rows = [row for row in status.rows(status.records(tmp_path)) if row["evidence"] == "ran"]
-    assert sorted(str(row["isa"]) for row in rows) == sorted(2 * ["None", "avx2", "avx512"])
+    assert sorted(str(row["isa"]) for row in rows) == sorted(3 * ["None", "avx2", "avx512"])
     assert "| ran on a chip: avx2, avx512 |" in status.markdown(status.rows(status.records(tmp_path)))
 
 
