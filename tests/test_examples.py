@@ -32,7 +32,6 @@ def test_torch_export():
     assert said.count("exported, saved, loaded") == 3
 
 
-@pytest.mark.slow
 def test_ahead_of_time():
     assert example("torch_export.py", "--aot").count("compiled by AOTInductor") == 3
 

@@ -11,8 +11,6 @@ from llmkernels.discovery import absent
 
 pytest.importorskip("triton")
 
-OPS = ("merge_attention", "rotary_embedding", "silu_and_mul", "write_kv", "sample", "paged_attention")
-
 
 def python(*args, **environment):
     done = subprocess.run(
@@ -20,22 +18,6 @@ def python(*args, **environment):
     )
     assert not done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_every_case_emulated(op):
-    said = python("-m", "llmkernels", "conformance", "--backend=triton", "--emulated", "--dtype=float16",
-                  f"--op={op}", "--json")  # fmt: skip
-    report = json.loads(said)
-    assert report["mode"] == "emulated"
-    assert report["failed"] == report["refused"] == 0 < report["passed"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", OPS)
-def test_every_case_emulated_in_other_dtypes(op, dtype):
-    python("-m", "llmkernels", "conformance", "--backend=triton", "--emulated", f"--dtype={dtype}", f"--op={op}")
 
 
 def test_a_cpu_is_no_gpu():
