@@ -1,6 +1,7 @@
 """`llmkernels serve`: a checkpoint behind an OpenAI-compatible HTTP interface."""
 
 import os
+import sys
 from importlib import util
 from pathlib import Path
 from typing import Annotated
@@ -62,5 +63,8 @@ def serve(
             prefix_reuse=prefix_reuse,
         )
     called = name or path.resolve().name
-    server = create_app(llm, called, template=read_template(path, chat_template), api_key=api_key)
+    template = read_template(path, chat_template)
+    chat = "" if template else "; it has no chat template, so only completions (give --chat-template FILE)"
+    print(f"llmkernels: {called} answers{chat}", file=sys.stderr)
+    server = create_app(llm, called, template=template, api_key=api_key)
     uvicorn.run(server, host=host, port=port, log_level="info")
