@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llmkernels.engine.audit import problems
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
@@ -183,6 +184,11 @@ class LLM:
             "prefix_asked_tokens": prefix.asked if prefix else 0,
             "prefix_found_tokens": prefix.found if prefix else 0,
         }
+
+    def check(self) -> None:
+        """RuntimeError unless every page is free, kept for its keys, or used by the sequences that it counts."""
+        if found := list(problems(self._scheduler)):
+            raise RuntimeError(f"the cache's pages do not add up: {'; '.join(found)}")
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
