@@ -154,11 +154,15 @@ class Scheduler:
             if token is not None:
                 if sequence.forks:
                     self._fork(sequence)
-                sequence.tokens.append(token)
-                if token in sequence.stop:
-                    self._finish(sequence, "stop")
-                elif len(sequence.tokens) >= sequence.limit:
-                    self._finish(sequence, "length")
+                self.extend(sequence, token)
+
+    def extend(self, sequence: Sequence, token: int) -> None:
+        """The running sequence goes on with this token, sampled or known without that; it may be its last."""
+        sequence.tokens.append(token)
+        if token in sequence.stop:
+            self._finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.limit:
+            self._finish(sequence, "length")
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
