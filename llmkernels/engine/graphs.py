@@ -69,7 +69,7 @@ class DecodeGraphs:
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor | None:
         """[samples vocab], as Model.forward gives them; None where the step is no decode, or runs as any other."""
-        if not all(chunk.count == 1 and chunk.samples for chunk in chunks):
+        if not all(chunk.count == 1 and chunk.samples and not getattr(chunk, "guesses", ()) for chunk in chunks):
             return None
         self.plain += 1
         settings = current()
@@ -126,10 +126,10 @@ class Inputs:
     def __init__(self, count: int, pages: int, page_size: int, model: Model):
         self.page_size = page_size
         place = model.device
-        staged = {"pin_memory": True} if place.type == "cuda" else {}
-        self._long = torch.zeros(3, count, dtype=torch.int64, **staged)  # tokens, positions, slots
-        self._lengths = torch.zeros(count, dtype=torch.int32, **staged)
-        self._table = torch.full((count, pages), -1, dtype=torch.int32, **staged)
+        pin = place.type == "cuda"
+        self._long = torch.zeros(3, count, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
+        self._lengths = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
+        self._table = torch.full((count, pages), -1, dtype=torch.int32, pin_memory=pin)
         self._staged = [self._long, self._lengths, self._table]
         self._long[2] = -1
         # the same memory on a CPU

@@ -126,7 +126,7 @@ class Model:
         return self.decode(self.embedding[batch.tokens], batch, cache)
 
     def decode(self, x: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
-        """`forward` behind the embedding: x [tokens hidden] is that of the tokens.  Nothing but ops, where rows is None."""
+        """`forward` behind the embedding: x is [tokens hidden].  Nothing but ops where batch.rows is None."""
         residual: Any = None
         for index, layer in enumerate(self.layers):
             qkv, residual = self._normed(x, residual, layer.input_norm, layer.qkv)
