@@ -10,6 +10,8 @@ pages.py counts their users, prefix.py finds those whose keys are known.  Struct
 asked for), schema.py, grammar.py (what may come next).
 """
 
+from llmkernels.engine.beam import Beam as Beam
+from llmkernels.engine.beam import BeamParams as BeamParams
 from llmkernels.engine.llm import LLM as LLM
 from llmkernels.engine.llm import shipped_model as shipped_model
 from llmkernels.engine.output import Delta as Delta

@@ -1,6 +1,6 @@
 """LLM(...).generate and .stream: requests in, text out, and the loop between."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmkernels.engine.audit import problems
+from llmkernels.engine.beam import Beam, BeamParams, search
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.grammar import Grammars
 from llmkernels.engine.output import Delta, Feed, Output
@@ -146,6 +147,46 @@ class LLM:
         """
         return self._follow(self.add(prompt, params, salt=salt))
 
+    def beam_search(self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None) -> list[Beam]:
+        """The likeliest answers to a prompt that beam search finds, params.width of them, the best first.
+
+        Requests that were added run beside it.  ValueErrors as in `generate`, and where the beams find no room.
+        """
+        params = params or BeamParams()
+        wishes = SamplingParams(
+            max_tokens=params.max_tokens, top_logprobs=params.width + len(self._eos), ignore_eos=True
+        )
+        outputs = self._request(prompt, wishes, salt)
+        first, scheduler = outputs[0]._sequence, self._scheduler
+        start, length = len(first.tokens), first.limit - len(first.tokens)
+        shared = start // scheduler.page_size
+        pages = shared + params.width * (-(-first.limit // scheduler.page_size) - shared)
+        if params.width > scheduler.max_sequences or pages > scheduler.pool.pages:
+            raise ValueError(
+                f"width is {params.width}: {pages} pages and as many sequences at once; this LLM has "
+                f"{scheduler.pool.pages} and max_sequences={scheduler.max_sequences}: give fewer beams, or fewer tokens"
+            )
+        scheduler.add(first)
+
+        def follow(ways: list[tuple[int, int]]) -> list[Mapping[int, float]]:
+            nonlocal outputs, start
+            if ways:
+                parents, outputs = outputs, [self._fork(outputs[i], start, token) for i, token in ways]
+                for parent in parents:
+                    self.abort(parent)
+                start += 1
+            while not all(output.top_logprobs for output in outputs):
+                self.step()
+            return [output.top_logprobs[0] for output in outputs]
+
+        try:
+            beams = search(params, length, self._eos, follow)
+        finally:
+            for output in outputs:
+                self.abort(output)
+        decode = self.tokenizer.decode if self.tokenizer else lambda tokens: ""
+        return [replace(beam, text=decode(beam.tokens)) for beam in beams]
+
     def add(self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None) -> list[Output]:
         """Queue a request without running it; each `step` brings its params.n Outputs further.
 
@@ -213,6 +254,13 @@ class LLM:
         if output._receive(chosen):
             self._scheduler.end(output._sequence)
             output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+
+    def _fork(self, output: Output, length: int, token: int) -> Output:
+        """One that goes on with `token` behind the first `length` tokens of this one's sequence."""
+        sequence = self._scheduler.fork(output._sequence, length, token)
+        fork = Output(output.prompt_tokens, output.params, output.seed, _sequence=sequence, _stops=StopStrings(()))
+        sequence.payload = fork
+        return fork
 
     def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
         feed = Feed(outputs)

@@ -39,7 +39,7 @@ class Output:
     arrived: float = field(default_factory=time.monotonic)
     guide: Guide | None = field(default=None, repr=False, kw_only=True)
     _sequence: Sequence = field(repr=False, kw_only=True)
-    _detokenizer: Detokenizer | None = field(repr=False, kw_only=True)
+    _detokenizer: Detokenizer | None = field(default=None, repr=False, kw_only=True)
     _stops: StopStrings = field(repr=False, kw_only=True)
 
     @property
