@@ -24,7 +24,7 @@ sequences computed at the same time, forks of one prompt.  Who is about to write
 from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -123,6 +123,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """What runs next, oldest first; empty when nothing is left to do.  Report back with `advance`."""
         chunks: list[Chunk] = []
+        while len(self.running) > self.max_sequences:  # after forks
+            self._preempt()
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
         while len(chunks) < len(self.running):
             chunk = self._plan(self.running[len(chunks)], 1 + spare)
@@ -154,11 +156,32 @@ class Scheduler:
             if token is not None:
                 if sequence.forks:
                     self._fork(sequence)
-                sequence.tokens.append(token)
-                if token in sequence.stop:
-                    self._finish(sequence, "stop")
-                elif len(sequence.tokens) >= sequence.limit:
-                    self._finish(sequence, "length")
+                self.extend(sequence, token)
+
+    def extend(self, sequence: Sequence, token: int) -> None:
+        """The running sequence goes on with this token, sampled or known without that; it may be its last."""
+        sequence.tokens.append(token)
+        if token in sequence.stop:
+            self._finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.limit:
+            self._finish(sequence, "length")
+
+    def fork(self, sequence: Sequence, length: int, token: int) -> Sequence:
+        """A sequence that goes on with `token` behind this one's first `length` tokens, and shares their pages.
+
+        It runs right behind this one; where that does not run, it waits in front.
+        """
+        child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
+        child.pages, child.computed = [], 0
+        if sequence not in self.running:
+            self.waiting.appendleft(child)
+            return child
+        full = length // self.page_size
+        child.computed = length if sequence.computed < (full + 1) * self.page_size else full * self.page_size
+        child.pages = sequence.pages[: -(-child.computed // self.page_size)]  # not the last one, once full and kept
+        self.pool.share(child.pages)
+        self.running.insert(self.running.index(sequence) + 1, child)
+        return child
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
