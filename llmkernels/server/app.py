@@ -1,4 +1,4 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; / and /status are status.py's."""
 
 import asyncio
 import json
@@ -22,6 +22,7 @@ from llmkernels.server.chat import ChatTemplate
 from llmkernels.server.guard import Guard, error
 from llmkernels.server.metrics import Metrics
 from llmkernels.server.protocol import ChatRequest, CompletionRequest, Error, Model, ModelList, Sampling
+from llmkernels.server.status import add_status
 
 MOST_CHOICES = 128  # prompts times n
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 401, 404, 413, 503)}
@@ -44,7 +45,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     Args:
         name: what clients call the model.
         template: how a chat becomes a prompt; without one, chat is refused.
-        api_key: every route but /health demands it.
+        api_key: every route but / and /health demands it.
     """
     metrics = Metrics(llm)
     started = int(time.time())
@@ -108,6 +109,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    add_status(app, name, metrics, ERRORS)
     return app
 
 
