@@ -25,7 +25,9 @@ def bucket(size):
 
 def filled(x, size, value=0):
     """x with its first axis filled up to `size`; itself where it has that size."""
-    return x if x is None or x.shape[0] == size else pad(x, (0, 0) * (x.dim() - 1) + (0, size - x.shape[0]), value=value)
+    if x is None or x.shape[0] == size:
+        return x
+    return pad(x, (0, 0) * (x.dim() - 1) + (0, size - x.shape[0]), value=value)
 
 
 def narrow(x):
