@@ -19,6 +19,8 @@ def product(x, weight):
     """float32 x [*rows in] @ weightT, as quantized_gemm's contract says: x is rounded where the scheme rounds it."""
     if not hasattr(weight, "scheme"):
         return dot(x, weight)
+    if 0 in weight.shape:  # no sums, or none of anything
+        return jnp.zeros((*x.shape[:-1], weight.shape[0]), "float32")
     values, factor = seen_through(x, weight.scheme, weight.input_scale)
     if weight.permutation is not None:  # stored column j belongs to feature permutation[j]
         values = jnp.take(values, weight.permutation, axis=-1)
