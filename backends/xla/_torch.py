@@ -25,7 +25,9 @@ def bucket(size):
 
 def filled(x, size, value=0):
     """x with its first axis filled up to `size`; itself where it has that size."""
-    return x if x is None or x.shape[0] == size else pad(x, (0, 0) * (x.dim() - 1) + (0, size - x.shape[0]), value=value)
+    if x is None or x.shape[0] == size:
+        return x
+    return pad(x, (0, 0) * (x.dim() - 1) + (0, size - x.shape[0]), value=value)
 
 
 def narrow(x):
@@ -44,7 +46,17 @@ def to_jax(x):
     if x.dtype == torch.int64:
         raise TypeError("int64 tensors are narrowed before: jax would cut them off")
     x = x.detach()
-    return jax.dlpack.from_dlpack(x if _dense(x) else x.contiguous())
+    return jax.dlpack.from_dlpack(x if dense(x) else x.contiguous())
+
+
+def dense(x):
+    """Whether x fills its memory without gaps, in any order of axes."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def to_torch(results):
@@ -72,13 +84,3 @@ def over_rows(program, x, *arrays, beside=(), **options):
 def convert(value):
     """Arrays as jax has them, anything else as it is."""
     return to_jax(value) if hasattr(value, "dtype") else value
-
-
-def _dense(x):
-    """Whether x fills its memory without gaps, in any order of axes."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
