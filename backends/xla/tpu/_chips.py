@@ -4,9 +4,14 @@ VMEM: what the compiler lets a kernel take (libtpu says so when it is exceeded).
 pages of Google's documentation "TPU v4", "v5e", "v5p", "v6e" and "TPU7x", and its JAX scaling book.
 """
 
+import math
 from dataclasses import dataclass
 
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
 MIB = 1 << 20
+INTERPRETED = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,23 @@ CHIPS = {
         Chip("v7x", "TPU7x", "tpu7x:1x1x1", 256, 64 * MIB, 3.7e12, 1150e12, fp8=True),
     )
 }
+
+
+def current():
+    """The chip that a program is compiled for; where none is known, v4, whose sizes fit every other."""
+    device = jax.config.jax_default_device
+    if device is None and jax.default_backend() == "tpu":
+        device = jax.devices()[0]
+    kind = getattr(device, "device_kind", "")
+    return next((chip for chip in CHIPS.values() if kind.startswith(chip.kind)), CHIPS["v4"])
+
+
+def interpreter():
+    """How an emulation runs a kernel: copies happen at the wait for them, and what nobody wrote is NaN."""
+    return pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
+
+
+def too_large(*arrays):
+    """The refusal of arrays that the interpreter, which copies them, has no room for."""
+    if (held := sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)) > INTERPRETED:
+        yield "SHAPE", f"arrays of {held} bytes; the interpreter takes at most {INTERPRETED}", "run it on a TPU"

@@ -55,10 +55,14 @@ def rows_of_pages(pages, dtype):
 
 
 def multiply(a, b, transposed=False):
-    """a [m k] times b [k n], or times the transpose of b [n k]: float32 [m n]; float32 factors are not rounded."""
+    """a [m k] times b [k n], or times the transpose of b [n k].
+
+    float32 [m n], of factors that are not rounded; int32 where both are int8.
+    """
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    total = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, contract, precision=exact, preferred_element_type=total)
 
 
 def cleared(values, kept):
