@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import lax
 
-from ._numbers import LANES, tile_rows
+from ._numbers import LANES, SUBLANES, tile_rows
 
 FIELDS = 10  # numbers of one tile in `scalars`
-FAR = 1 << 30
+MOST_PAGES = 16  # of a block: each is a copy that the program spells out
+SCORES = 16 * 1024  # of one update: 16 registers, and 16 of their exponentials
 
 
 @dataclass(frozen=True)
@@ -132,20 +133,21 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
     mean = -(-tokens // max(seqs, 1))
     longest = min(tokens, longest or (1 if tokens <= seqs else tokens))
     size = 1 if longest <= 1 or mean <= 1 else min(power(longest), power(mean), max(1, chip.tile_rows // group))
-    rows = -(-size * group // tile_rows(dtype)) * tile_rows(dtype)
+    unit = SUBLANES if size * group <= SUBLANES else tile_rows(dtype)
+    rows = -(-size * group // unit) * unit
     page_bytes = kv_heads * page_size * (lanes(dim) + lanes(v_dim)) * jnp.dtype(stored).itemsize
-    budget = chip.vmem_limit // 2
-    pages = max(1, min(chip.block_keys // page_size, 16, budget // (4 * page_bytes)))
+    pages = max(1, min(chip.block_keys // page_size, MOST_PAGES, chip.vmem_limit // 2 // (4 * page_bytes)))
     keys = pages * page_size
-    registers = max(1, 32 * 1024 // keys)  # rows of scores that fit 32 vector registers
-    at_once = max(1, min(kv_heads, registers // rows))
-    height = rows if rows * keys <= 128 * 1024 else max(tile_rows(dtype), 128 * 1024 // keys // tile_rows(dtype) * tile_rows(dtype))
-    while rows % height:
-        height -= tile_rows(dtype)
-    while kv_heads % at_once:
-        at_once -= 1
-    fixed = kv_heads * rows * ((2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize)
-    return Tiles(size, rows, pages, at_once, height, 2 * pages * page_bytes + fixed, chip.vmem_limit)
+    height = _divisor(rows, max(unit, SCORES // keys), unit)
+    at_once = _divisor(kv_heads, max(1, SCORES // (height * keys)), 1)
+    row_bytes = (2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize
+    vmem = 2 * pages * page_bytes + kv_heads * rows * row_bytes
+    return Tiles(size, rows, pages, at_once, height, vmem, chip.vmem_limit)
+
+
+def _divisor(of, most, unit):
+    """The largest multiple of `unit` up to `most` that divides `of`."""
+    return max(n for n in range(unit, max(most, unit) + 1, unit) if of % n == 0)
 
 
 def lanes(dim):
