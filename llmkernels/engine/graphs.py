@@ -183,7 +183,7 @@ class Inputs:
 
 def rounded(count: int) -> int:
     """The number of rows of a step for so many sequences: at most an eighth more, so that few sizes occur."""
-    step = 1 << max(0, (count - 1).bit_length() - 3)
+    step = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // step) * step
 
 
