@@ -9,12 +9,14 @@ import torch
 
 from llmkernels.engine.audit import problems
 from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.model import ModelConfig
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.speculative import Speculation, Speculator
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
 
@@ -47,6 +49,7 @@ class LLM:
         max_sequences: requests that run at once at most, never more than max_batch_tokens; the others wait.
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
+        speculation: guess tokens ahead, by a draft model, by n-grams, or both; the texts stay the same.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
@@ -69,6 +72,7 @@ class LLM:
         max_sequences: int = 64,
         max_length: int | None = None,
         prefix_reuse: bool = True,
+        speculation: Speculation | None = None,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
@@ -85,20 +89,37 @@ class LLM:
         cached = kind if kv_cache_dtype == "auto" else _one_of("kv_cache_dtype", kv_cache_dtype, (kind, *CACHE_DTYPES))
         cache_dtype = (DTYPES | CACHE_DTYPES)[cached]
         place = _device(device)
+        draft = _draft(speculation, self.config, self.max_length)
         one_page = page_bytes(self.config, page_size, cache_dtype)
+        if draft:
+            draft_dtype = _one_of("dtype of the draft", draft.config.dtype, DTYPES)
+            one_page += page_bytes(draft.config, page_size, DTYPES[draft_dtype])
         useful = max_sequences * -(-self.max_length // page_size)
         pages = kv_cache_pages or min(kv_cache_bytes // one_page, useful)
         if pages < 1:
             raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; a page of {page_size} tokens takes {one_page}")
-        pool = PagePool(pages)
+        pool, guesses = PagePool(pages), speculation.guesses if speculation else 0
         prefix = PrefixCache(pool, page_size) if prefix_reuse else None
-        self._scheduler = Scheduler(pool, page_size, max_batch_tokens, min(max_sequences, max_batch_tokens), prefix)
+        self._scheduler = Scheduler(
+            pool,
+            page_size,
+            max_batch_tokens,
+            min(max_sequences, max_batch_tokens),
+            prefix,
+            guesses,
+        )
 
         model = load(checkpoint, kind, place, self.max_length, quantize, quantize_head)
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(model, cache)
+        speculator = None
+        if speculation:
+            speculator = Speculator(speculation)
+            if draft:
+                speculator.model = load(draft, draft_dtype, place, self.max_length)
+                speculator.cache = KVCache(draft.config, pages, page_size, DTYPES[draft_dtype], place)
+        self._runner = Runner(model, cache, speculator)
 
     def generate(
         self,
@@ -159,12 +180,14 @@ class LLM:
         if not chunks:
             return False
         choices = self._runner.run(chunks)
-        self._scheduler.advance(chunks, [chosen.token for chosen in choices])
+        gained = self._scheduler.advance(chunks, [taken[-1].token for taken in choices])
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
-        for output, chosen in zip(ends, choices, strict=True):
-            if output._receive(chosen):
-                self._scheduler.end(output._sequence)
-                output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+        for output, taken, count in zip(ends, choices, gained, strict=True):
+            for number, chosen in enumerate(taken[:count], 1):
+                if output._receive(chosen, output.finish_reason if number == count else None):
+                    self._scheduler.end(output._sequence)
+                    output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+                    break
         return True
 
     def abort(self, output: Output) -> None:
@@ -172,8 +195,9 @@ class LLM:
         self._scheduler.end(output._sequence)
 
     def stats(self) -> dict[str, int]:
-        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse."""
+        """Requests that run and wait; pages used, idle (their keys are kept) and empty; preemptions, reuse, guesses."""
         scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
+        speculator = self._runner.speculator
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -183,6 +207,8 @@ class LLM:
             "preemptions": scheduler.preemptions,
             "prefix_asked_tokens": prefix.asked if prefix else 0,
             "prefix_found_tokens": prefix.found if prefix else 0,
+            "guessed_tokens": speculator.guessed if speculator else 0,
+            "accepted_tokens": speculator.accepted if speculator else 0,
         }
 
     def check(self) -> None:
@@ -252,6 +278,29 @@ def _eos(checkpoint: Checkpoint) -> frozenset[int]:
     if not all(isinstance(token, int) for token in ids):
         raise CheckpointError(f"{checkpoint.path}: eos_token_id is {ids!r}; it must be an integer or a list of them")
     return frozenset(ids)
+
+
+def _draft(wish: Speculation | None, config: ModelConfig, length: int) -> Checkpoint | None:
+    """The draft model's checkpoint, if one is wished for and fits."""
+    if wish and wish.width > 1 and max(config.windows) >= 0:
+        raise ValueError(
+            f"speculation: width is {wish.width}, and this model has sliding windows, which a tree of guesses cannot "
+            "have: use width=1"
+        )
+    if wish is None or wish.draft is None:
+        return None
+    draft = Checkpoint(wish.draft)
+    if draft.config.vocab != config.vocab:
+        raise CheckpointError(
+            f"{draft.path}: its vocabulary has {draft.config.vocab} tokens, and the model's {config.vocab}; a draft "
+            "model needs the same one"
+        )
+    if draft.config.context < length:
+        raise CheckpointError(
+            f"{draft.path}: it reads {draft.config.context} tokens, and this LLM {length}; give max_length="
+            f"{draft.config.context}"
+        )
+    return draft
 
 
 def _default_params(generation: dict[str, Any]) -> SamplingParams:

@@ -88,6 +88,7 @@ class Batch:
     block_table: int32 [seqs max_pages].  seq_lens: int32 [seqs], keys with the new ones.  cu_seqlens_q: int32 [seqs+1].
     rows: int64 [samples], the tokens whose logits are wanted.
     max_seqlen_q, max_seqlen_k: upper bounds, rounded up so that few different ones occur.
+    tree_mask: uint32 [tokens 1], where a sequence's new tokens are a tree of guesses: those that each of them sees.
     """
 
     tokens: torch.Tensor
@@ -99,6 +100,7 @@ class Batch:
     rows: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    tree_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -163,6 +165,7 @@ class Model:
             window=(layer.window, -1),
             max_seqlen_q=batch.max_seqlen_q,
             max_seqlen_k=batch.max_seqlen_k,
+            tree_mask=batch.tree_mask,
             **scales,
         )
         return attended.flatten(1)

@@ -113,7 +113,9 @@ class Answer(Protocol):
     params: SamplingParams
     seed: int
     prompt_tokens: list[int]
-    tokens: list[int]
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
 
 
 class Chosen(NamedTuple):
