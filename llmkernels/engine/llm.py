@@ -9,6 +9,7 @@ import torch
 
 from llmkernels.engine.audit import problems
 from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.model import ModelConfig
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
@@ -50,6 +51,7 @@ class LLM:
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
         speculation: guess tokens ahead, by a draft model, by n-grams, or both; the texts stay the same.
+        graphs: record decode steps and replay them: the same results with less work between the kernels.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
@@ -73,6 +75,7 @@ class LLM:
         max_length: int | None = None,
         prefix_reuse: bool = True,
         speculation: Speculation | None = None,
+        graphs: bool = True,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
@@ -119,7 +122,8 @@ class LLM:
             if draft:
                 speculator.model = load(draft, draft_dtype, place, self.max_length)
                 speculator.cache = KVCache(draft.config, pages, page_size, DTYPES[draft_dtype], place)
-        self._runner = Runner(model, cache, speculator)
+        recorded = DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
+        self._runner = Runner(model, cache, recorded, speculator)
 
     def generate(
         self,
@@ -195,9 +199,10 @@ class LLM:
         self._scheduler.end(output._sequence)
 
     def stats(self) -> dict[str, int]:
-        """Requests that run and wait; pages used, idle (their keys are kept) and empty; preemptions, reuse, guesses."""
+        """Requests that run and wait; pages used, idle (their keys are kept) and empty; preemptions, reuse; tokens
+        guessed, and those that came true; decode steps that were replayed, and that were not."""
         scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
-        speculator = self._runner.speculator
+        graphs, speculator = self._runner.graphs, self._runner.speculator
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -209,6 +214,8 @@ class LLM:
             "prefix_found_tokens": prefix.found if prefix else 0,
             "guessed_tokens": speculator.guessed if speculator else 0,
             "accepted_tokens": speculator.accepted if speculator else 0,
+            "decode_replayed_steps": graphs.replayed if graphs else 0,
+            "decode_plain_steps": graphs.plain if graphs else 0,
         }
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Row
 import torch
 
 from llmkernels.engine.cache import KVCache
+from llmkernels.engine.graphs import DecodeGraphs, table_width
 from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.sampling import Chosen, choose
 from llmkernels.engine.scheduler import Chunk, Sequence
@@ -15,10 +16,20 @@ CALIBRATION = 256  # tokens that decide the scales of a quantized cache
 
 
 class Runner:
-    """A model and its cache, and who guesses ahead of it, if anybody does."""
+    """A model and its cache.
 
-    def __init__(self, model: Model, cache: KVCache, speculator: Speculator | None = None):
-        self.model, self.cache, self.speculator = model, cache, speculator
+    graphs: its decode steps, where they are to be recorded and replayed.
+    speculator: who guesses ahead of the model, if anybody does.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        graphs: DecodeGraphs | None = None,
+        speculator: Speculator | None = None,
+    ):
+        self.model, self.cache, self.graphs, self.speculator = model, cache, graphs, speculator
 
     def run(self, chunks: Row[Chunk]) -> list[list[Chosen]]:
         """Run these chunks; for each that samples, in order, the tokens that follow it, all but the last guessed."""
@@ -54,6 +65,8 @@ class Runner:
         with use(checked=bool(current().checked)):
             if speculator:
                 speculator.propose(chunks, prepare)
+            if self.graphs and (logits := self.graphs.logits(chunks)) is not None:
+                return logits
             return self.model.forward(prepare(chunks, self.cache.page_size, self.model.device), self.cache)
 
 
@@ -75,7 +88,7 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
             positions.append(span.stop - 1 + len(path(chunk, node)))
             slots.append(_slot(pages, span.stop + node, page_size))
         starts.append(len(tokens))
-    width = _round_up(max(len(chunk.sequence.pages) for chunk in chunks))
+    width = table_width(max(len(chunk.sequence.pages) for chunk in chunks))
     table = [chunk.sequence.pages + [-1] * (width - len(chunk.sequence.pages)) for chunk in chunks]
 
     def array(values: list, dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +101,7 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
         block_table=array(table, torch.int32),
         seq_lens=array([chunk.start + chunk.count + len(chunk.guesses) for chunk in chunks], torch.int32),
         cu_seqlens_q=array(starts, torch.int32),
-        rows=array(rows, torch.int64),
+        rows=None if len(rows) == len(tokens) else array(rows, torch.int64),
         max_seqlen_q=_round_up(max(chunk.count + len(chunk.guesses) for chunk in chunks)),
         max_seqlen_k=width * page_size,
         tree_mask=array(_sight(chunks), torch.uint32) if any(branches(chunk) for chunk in chunks) else None,

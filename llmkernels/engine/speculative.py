@@ -256,7 +256,7 @@ class Speculator:
             block_table=table,
             seq_lens=lengths,
             cu_seqlens_q=count.int(),
-            rows=count[:-1],
+            rows=None,
             max_seqlen_q=1,
             max_seqlen_k=first.max_seqlen_k,
         )
