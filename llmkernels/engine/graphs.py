@@ -72,6 +72,9 @@ class DecodeGraphs:
         if not all(chunk.count == 1 and chunk.samples and not chunk.guesses for chunk in chunks):
             return None
         self.plain += 1
+        if any(chunk.sequence.adapter >= 0 for chunk in chunks):
+            self.refused["some of its sequences have an adapter"] += 1
+            return None
         settings = current()
         if settings.checked or settings.recorder:
             self.refused["calls are to be checked or noted"] += 1

@@ -10,6 +10,7 @@ import torch
 from llmkernels.engine.audit import problems
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.graphs import DecodeGraphs
+from llmkernels.engine.lora import Adapters
 from llmkernels.engine.model import ModelConfig
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
@@ -123,6 +124,7 @@ class LLM:
                 speculator.model = load(draft, draft_dtype, place, self.max_length)
                 speculator.cache = KVCache(draft.config, pages, page_size, DTYPES[draft_dtype], place)
         recorded = DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
+        self._adapters = Adapters(model)
         self._runner = Runner(model, cache, recorded, speculator)
 
     def generate(
@@ -131,6 +133,7 @@ class LLM:
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         salt: str | None = None,
+        adapter: str | None = None,
     ) -> list[Output]:
         """Answer one prompt or many, all together.  Returns params.n outputs for each prompt, in the prompts' order.
 
@@ -138,6 +141,7 @@ class LLM:
             prompts: texts, or lists of token ids, or one of either.
             params: for all prompts, or one for each; None takes `default_params`: what generation_config.json says.
             salt: prefixes are shared with requests of the same salt only.
+            adapter: the name of the adapter to answer with; see load_adapter.
 
         Raises:
             ValueError: a prompt is empty, too long, or holds an id that is no token; nothing has run then.
@@ -146,11 +150,11 @@ class LLM:
         each = params if isinstance(params, list) else [params] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one for all, or one each")
-        requests = [self._request(prompt, wishes, salt) for prompt, wishes in zip(batch, each, strict=True)]
+        requests = [self._request(prompt, wishes, salt, adapter) for prompt, wishes in zip(batch, each, strict=True)]
         outputs = [output for request in requests for output in request]
         try:
             for request in requests:
-                self._scheduler.add(request[0]._sequence)
+                self._queue(request)
             while any(output.finish_reason is None for output in outputs):
                 self.step()
         finally:
@@ -159,7 +163,12 @@ class LLM:
         return outputs
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
     ) -> Iterator[Delta]:
         """Answer one prompt, piece by piece:  for delta in llm.stream("Once"): print(delta.text, end="")
 
@@ -167,19 +176,27 @@ class LLM:
         The n outputs of params.n come interleaved.  Closing the iterator aborts the request.  Requests of other streams
         advance with it.
         """
-        return self._follow(self.add(prompt, params, salt=salt))
+        return self._follow(self.add(prompt, params, salt=salt, adapter=adapter))
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None) -> list[Output]:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+    ) -> list[Output]:
         """Queue a request without running it; each `step` brings its params.n Outputs further.
 
         The prompt is computed once; its answers share its pages.  ValueErrors as in `generate`.
         """
-        outputs = self._request(prompt, params, salt)
-        self._scheduler.add(outputs[0]._sequence)
+        outputs = self._request(prompt, params, salt, adapter)
+        self._queue(outputs)
         return outputs
 
     def step(self) -> bool:
         """One forward pass for every request that has its turn; False when there was nothing to do."""
+        self._adapters.sweep()
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
@@ -193,6 +210,23 @@ class LLM:
                     output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
                     break
         return True
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read a LoRA adapter in PEFT's format from the directory `path`; requests name it by `name`.
+
+        Raises:
+            CheckpointError (a ValueError): it cannot be used, or is not for this model.  ValueError: the name is taken.
+        """
+        self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter; those that were asked for finish first.  ValueError: it is not loaded."""
+        self._adapters.unload(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that can be asked for."""
+        return self._adapters.names
 
     def abort(self, output: Output) -> None:
         """End a request now and free its pages; nothing happens to a finished one."""
@@ -243,7 +277,13 @@ class LLM:
             for output in outputs:
                 self.abort(output)
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None, salt: str | None) -> list[Output]:
+    def _queue(self, outputs: list[Output]) -> None:
+        self._scheduler.add(outputs[0]._sequence)
+        self._adapters.use([output._sequence for output in outputs])
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams | None, salt: str | None, adapter: str | None
+    ) -> list[Output]:
         """The outputs to be, params.n of them; the first one's sequence holds the others as forks."""
         params = self.default_params if params is None else params
         if not isinstance(prompt, (str, list, tuple)):
@@ -258,12 +298,16 @@ class LLM:
                 raise ValueError(f"{token!r} is not a token id; this model's are 0 to {self.config.vocab - 1}")
         if len(ids) >= self.max_length:
             raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for more")
+        used = None if adapter is None else self._adapters.find(adapter)
+        scope = salt if used is None else (salt, used.number)
         seed = draw_seed() if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         limit = min(len(ids) + params.max_tokens, self.max_length)
         outputs = []
         for i in range(params.n):
-            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=salt)
+            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=scope)
+            if used:
+                sequence.adapter = used.slot
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
             stops = StopStrings(params.stop)
             output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)

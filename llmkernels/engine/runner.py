@@ -75,7 +75,7 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    starts, rows = [0], []
+    starts, rows, adapters = [0], [], []
     for chunk in chunks:
         pages, span = chunk.sequence.pages, range(chunk.start, chunk.start + chunk.count)
         tokens += chunk.sequence.tokens[span.start : span.stop]
@@ -87,6 +87,7 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
             tokens.append(token)
             positions.append(span.stop - 1 + len(path(chunk, node)))
             slots.append(_slot(pages, span.stop + node, page_size))
+        adapters += [chunk.sequence.adapter] * (len(tokens) - starts[-1])
         starts.append(len(tokens))
     width = table_width(max(len(chunk.sequence.pages) for chunk in chunks))
     table = [chunk.sequence.pages + [-1] * (width - len(chunk.sequence.pages)) for chunk in chunks]
@@ -105,6 +106,7 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
         max_seqlen_q=_round_up(max(chunk.count + len(chunk.guesses) for chunk in chunks)),
         max_seqlen_k=width * page_size,
         tree_mask=array(_sight(chunks), torch.uint32) if any(branches(chunk) for chunk in chunks) else None,
+        adapters=array(adapters, torch.int32) if max(adapters) >= 0 else None,
     )
 
 

@@ -49,6 +49,7 @@ class Sequence:
     stop: token ids that end the text.
     scope: what its keys depend on besides its tokens; see PrefixCache.
     forks: sequences with the same prompt that start from this one's pages once the prompt is computed.
+    adapter: which of the loaded adapters it runs with; -1: none.
     payload: the caller's, untouched.
     memory: what speculation knows of its tokens; see NGrams.
     computed: the first so many tokens have their keys and values in pages.
@@ -66,6 +67,7 @@ class Sequence:
     stop: frozenset[int] = frozenset()
     scope: Hashable = None
     forks: "list[Sequence]" = field(default_factory=list)
+    adapter: int = -1
     payload: Any = None
     memory: Any = None
     computed: int = 0
