@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llmkernels
-from llmkernels.engine import LLM, CheckpointError, SamplingParams, Speculation, shipped_model
+from llmkernels.engine import LLM, CheckpointError, SamplingParams, Speculation, Structure, shipped_model
 from llmkernels.engine.sampling import Chosen
 from llmkernels.engine.scheduler import Chunk, Sequence
 from llmkernels.engine.speculative import NGrams, accept, branches, guess, path
@@ -246,3 +246,20 @@ def test_drafts_that_do_not_fit(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
         with pytest.raises(CheckpointError, match=words):
             LLM(speculation=Speculation(draft=tmp_path))
+
+
+@pytest.mark.parametrize("way", ["n-grams", "tree of both"])
+def test_grammars(way, plain, made):
+    """Guesses that the grammar forbids are not made, and what it forces is jumped over, as without speculation."""
+    pytest.importorskip("xgrammar")
+    schema = {"type": "array", "items": {"enum": ["read", "write", "reader"]}, "minItems": 4, "maxItems": 9}
+    llm = made(way)
+    before = llm.stats()["accepted_tokens"]
+    for structure in (Structure(json_schema=schema), Structure(regex="(ab|ac){6,40}")):
+        wishes = [wish(max_tokens=60, structure=structure, ignore_eos=False, **more) for more in ({}, SAMPLED)]
+        prompts = PROMPTS[:2]
+        want, got = ([o for w in wishes for o in engine.generate(prompts, w)] for engine in (plain, llm))
+        assert tokens(got) == tokens(want)
+        assert [o.text for o in got] == [o.text for o in want]
+    assert llm.stats()["accepted_tokens"] > before
+    llm.check()

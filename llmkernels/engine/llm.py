@@ -1,28 +1,34 @@
 """LLM(...).generate and .stream: requests in, text out, and the loop between."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmkernels.engine.audit import problems
+from llmkernels.engine.beam import Beam, BeamParams, search
 from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.grammar import Grammars
 from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.lora import Adapters
-from llmkernels.engine.model import ModelConfig
+from llmkernels.engine.options import (
+    CACHE_DTYPES,
+    build_speculator,
+    default_params,
+    device_of,
+    end_tokens,
+    one_of,
+    read_draft,
+)
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
-from llmkernels.engine.sampling import SamplingParams, draw_seed, fork_seed
+from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
-from llmkernels.engine.speculative import Speculation, Speculator
+from llmkernels.engine.speculative import Speculation
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
-from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
-
-CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+from llmkernels.engine.weights import DTYPES, Checkpoint, load
 
 Prompt = str | list[int]
 
@@ -86,43 +92,32 @@ class LLM:
         self.config = checkpoint.config
         self.max_length = min(max_length or self.config.context, self.config.context)
         self.tokenizer = read_tokenizer(checkpoint.path, tokenizer)
-        self._eos = _eos(checkpoint)
-        self.default_params = _default_params(checkpoint.generation)
+        self._eos = end_tokens(checkpoint)
+        self._grammars = self.tokenizer and Grammars(self.tokenizer, self.config.vocab, self._eos)
+        self.default_params = default_params(checkpoint.generation)
 
-        kind = _one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
-        cached = kind if kv_cache_dtype == "auto" else _one_of("kv_cache_dtype", kv_cache_dtype, (kind, *CACHE_DTYPES))
+        kind = one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
+        cached = kind if kv_cache_dtype == "auto" else one_of("kv_cache_dtype", kv_cache_dtype, (kind, *CACHE_DTYPES))
         cache_dtype = (DTYPES | CACHE_DTYPES)[cached]
-        place = _device(device)
-        draft = _draft(speculation, self.config, self.max_length)
+        place = device_of(device)
+        draft = read_draft(speculation, self.config, self.max_length)
         one_page = page_bytes(self.config, page_size, cache_dtype)
         if draft:
-            draft_dtype = _one_of("dtype of the draft", draft.config.dtype, DTYPES)
-            one_page += page_bytes(draft.config, page_size, DTYPES[draft_dtype])
+            one_page += page_bytes(draft.config, page_size, DTYPES[draft.config.dtype])
         useful = max_sequences * -(-self.max_length // page_size)
         pages = kv_cache_pages or min(kv_cache_bytes // one_page, useful)
         if pages < 1:
             raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; a page of {page_size} tokens takes {one_page}")
         pool, guesses = PagePool(pages), speculation.guesses if speculation else 0
         prefix = PrefixCache(pool, page_size) if prefix_reuse else None
-        self._scheduler = Scheduler(
-            pool,
-            page_size,
-            max_batch_tokens,
-            min(max_sequences, max_batch_tokens),
-            prefix,
-            guesses,
-        )
+        together = min(max_sequences, max_batch_tokens)
+        self._scheduler = Scheduler(pool, page_size, max_batch_tokens, together, prefix, guesses)
 
         model = load(checkpoint, kind, place, self.max_length, quantize, quantize_head)
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        speculator = None
-        if speculation:
-            speculator = Speculator(speculation)
-            if draft:
-                speculator.model = load(draft, draft_dtype, place, self.max_length)
-                speculator.cache = KVCache(draft.config, pages, page_size, DTYPES[draft_dtype], place)
+        speculator = build_speculator(speculation, draft, pages, page_size, self.max_length, place)
         recorded = DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
         self._adapters = Adapters(model)
         self._runner = Runner(model, cache, recorded, speculator)
@@ -178,6 +173,47 @@ class LLM:
         """
         return self._follow(self.add(prompt, params, salt=salt, adapter=adapter))
 
+    def beam_search(self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None) -> list[Beam]:
+        """The likeliest answers to a prompt that beam search finds, params.width of them, the best first.
+
+        Requests that were added run beside it.  ValueErrors as in `generate`, and where the beams find no room.
+        """
+        params = params or BeamParams()
+        wishes = SamplingParams(
+            max_tokens=params.max_tokens, top_logprobs=params.width + len(self._eos), ignore_eos=True
+        )
+        outputs = self._request(prompt, wishes, salt, None)
+        first, scheduler = outputs[0]._sequence, self._scheduler
+        first.plain = True
+        start, length = len(first.tokens), first.limit - len(first.tokens)
+        shared = start // scheduler.page_size
+        pages = shared + params.width * (-(-first.limit // scheduler.page_size) - shared)
+        if params.width > scheduler.max_sequences or pages > scheduler.pool.pages:
+            raise ValueError(
+                f"width is {params.width}: {pages} pages and as many sequences at once; this LLM has "
+                f"{scheduler.pool.pages} and max_sequences={scheduler.max_sequences}: give fewer beams, or fewer tokens"
+            )
+        scheduler.add(first)
+
+        def follow(ways: list[tuple[int, int]]) -> list[Mapping[int, float]]:
+            nonlocal outputs, start
+            if ways:
+                parents, outputs = outputs, [self._fork(outputs[i], start, token) for i, token in ways]
+                for parent in parents:
+                    self.abort(parent)
+                start += 1
+            while not all(output.top_logprobs for output in outputs):
+                self.step()
+            return [output.top_logprobs[0] for output in outputs]
+
+        try:
+            beams = search(params, length, self._eos, follow)
+        finally:
+            for output in outputs:
+                self.abort(output)
+        decode = self.tokenizer.decode if self.tokenizer else lambda tokens: ""
+        return [replace(beam, text=decode(beam.tokens)) for beam in beams]
+
     def add(
         self,
         prompt: Prompt,
@@ -205,9 +241,12 @@ class LLM:
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
         for output, taken, count in zip(ends, choices, gained, strict=True):
             for number, chosen in enumerate(taken[:count], 1):
-                if output._receive(chosen, output.finish_reason if number == count else None):
-                    self._scheduler.end(output._sequence)
-                    output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+                if self._take(output, chosen, output.finish_reason if number == count else None):
+                    break
+            for token in output._forced():
+                self._scheduler.extend(output._sequence, token)
+                self._take(output, Chosen(token), output.finish_reason)
+                if output.finish_reason:
                     break
         return True
 
@@ -227,6 +266,14 @@ class LLM:
     def adapters(self) -> list[str]:
         """The names of the adapters that can be asked for."""
         return self._adapters.names
+
+    def prepare(self, params: SamplingParams | None) -> Any:
+        """Compile what such a request needs, maybe for seconds, on any thread; while it lives, `add` is quick."""
+        if params is None or params.structure is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structure is given and this LLM has tokenizer=False; give tokenizer=<path>")
+        return self._grammars.compiled(params.structure)
 
     def abort(self, output: Output) -> None:
         """End a request now and free its pages; nothing happens to a finished one."""
@@ -262,6 +309,21 @@ class LLM:
         if self.tokenizer is None:
             raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
         return self.tokenizer.encode(text).ids
+
+    def _take(self, output: Output, chosen: Chosen, reason: str | None) -> bool:
+        """Hand a token on, the last one if there is a reason; True where a stop string ends the text with it."""
+        ended = output._receive(chosen, reason)
+        if ended:
+            self._scheduler.end(output._sequence)
+            output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+        return ended
+
+    def _fork(self, output: Output, length: int, token: int) -> Output:
+        """One that goes on with `token` behind the first `length` tokens of this one's sequence."""
+        sequence = self._scheduler.fork(output._sequence, length, token)
+        fork = Output(output.prompt_tokens, output.params, output.seed, _sequence=sequence, _stops=StopStrings(()))
+        sequence.payload = fork
+        return fork
 
     def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
         feed = Feed(outputs)
@@ -303,7 +365,7 @@ class LLM:
         seed = draw_seed() if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         limit = min(len(ids) + params.max_tokens, self.max_length)
-        outputs = []
+        grammar, outputs = self.prepare(params), []
         for i in range(params.n):
             sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=scope)
             if used:
@@ -311,6 +373,8 @@ class LLM:
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
             stops = StopStrings(params.stop)
             output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
+            if grammar and self._grammars:
+                output.guide = self._grammars.guide(grammar, stop)
             sequence.payload = output
             outputs.append(output)
         outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]
@@ -320,63 +384,3 @@ class LLM:
 def _batch(prompts: Prompt | list[Prompt]) -> list[Any]:
     """Always a list of prompts."""
     return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
-
-
-def _eos(checkpoint: Checkpoint) -> frozenset[int]:
-    """The tokens that end a text: generation_config.json says so, else config.json; one, several or none."""
-    ids = checkpoint.generation["eos_token_id"]
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"{checkpoint.path}: eos_token_id is {ids!r}; it must be an integer or a list of them")
-    return frozenset(ids)
-
-
-def _draft(wish: Speculation | None, config: ModelConfig, length: int) -> Checkpoint | None:
-    """The draft model's checkpoint, if one is wished for and fits."""
-    if wish and wish.width > 1 and max(config.windows) >= 0:
-        raise ValueError(
-            f"speculation: width is {wish.width}, and this model has sliding windows, which a tree of guesses cannot "
-            "have: use width=1"
-        )
-    if wish is None or wish.draft is None:
-        return None
-    draft = Checkpoint(wish.draft)
-    if draft.config.vocab != config.vocab:
-        raise CheckpointError(
-            f"{draft.path}: its vocabulary has {draft.config.vocab} tokens, and the model's {config.vocab}; a draft "
-            "model needs the same one"
-        )
-    if draft.config.context < length:
-        raise CheckpointError(
-            f"{draft.path}: it reads {draft.config.context} tokens, and this LLM {length}; give max_length="
-            f"{draft.config.context}"
-        )
-    return draft
-
-
-def _default_params(generation: dict[str, Any]) -> SamplingParams:
-    """What generation_config.json asks for: greedy, unless it says do_sample."""
-    params = SamplingParams()
-    if generation.get("do_sample"):
-        wishes = {name: generation[name] for name in ("top_k", "top_p", "min_p") if generation.get(name) is not None}
-        params = replace(params, temperature=generation.get("temperature") or 1.0, **wishes)
-    return params
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    value = str(value).removeprefix("torch.")
-    if value not in allowed:
-        raise CheckpointError(f"{name} is {value!r}; use one of auto, {', '.join(allowed)}")
-    return value
-
-
-def _device(wish: str) -> torch.device:
-    if wish == "auto":
-        wish = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wish)
-    except RuntimeError:
-        raise ValueError(f"device is {wish!r}; use 'auto', 'cpu', 'cuda' or 'cuda:<index>'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {wish!r}, but torch finds no GPU; use device='cpu'")
-    return device

@@ -143,7 +143,7 @@ class Model:
         return self.decode(self.embedding[batch.tokens], batch, cache)
 
     def decode(self, x: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
-        """`forward` behind the embedding: x [tokens hidden] is that of the tokens.  Nothing but ops, where rows is None."""
+        """`forward` behind the embedding, x [tokens hidden]: nothing but ops, where rows is None."""
         residual: Any = None
         adapters = batch.adapters
         for index, layer in enumerate(self.layers):

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Row
 import torch
 
 from llmkernels.engine.cache import KVCache
+from llmkernels.engine.grammar import Masks
 from llmkernels.engine.graphs import DecodeGraphs, table_width
 from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.sampling import Chosen, choose
@@ -33,11 +34,17 @@ class Runner:
 
     def run(self, chunks: Row[Chunk]) -> list[list[Chosen]]:
         """Run these chunks; for each that samples, in order, the tokens that follow it, all but the last guessed."""
-        logits = self.logits(chunks)
+        if self.speculator:
+            with use(checked=bool(current().checked)):
+                self.speculator.propose(chunks, prepare)
         ends = [chunk for chunk in chunks if chunk.samples]
+        guides, guesses = [chunk.sequence.payload.guide for chunk in ends], [chunk.guesses for chunk in ends]
+        masks = Masks.begin(guides, self.model.config.vocab, guesses)
+        logits = self.logits(chunks)
         if not ends:
             return []
-        chosen = iter(choose(logits, [ahead(chunk, node) for chunk in ends for node in range(-1, len(chunk.guesses))]))
+        answers = [ahead(chunk, node) for chunk in ends for node in range(-1, len(chunk.guesses))]
+        chosen = iter(choose(logits, answers, masks))
         results, moves = [], []
         for chunk in ends:
             taken, nodes = accept(chunk, [next(chosen) for _ in range(1 + len(chunk.guesses))])
@@ -54,17 +61,12 @@ class Runner:
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor:
         """[samples vocab]: the logits after each chunk that samples and each of its guesses, in order.
 
-        Pages to be copied are copied, and guesses made, first.  The ops do not read the scheduler's metadata first,
-        which are right by construction, unless the caller insists.
+        Pages to be copied are copied first.  The ops do not read the scheduler's metadata, which are right by
+        construction, unless the caller insists.
         """
-        speculator = self.speculator
         if copies := [chunk.copy for chunk in chunks if chunk.copy]:
             self.cache.copy(copies)
-            if speculator and speculator.cache:
-                speculator.cache.copy(copies)
         with use(checked=bool(current().checked)):
-            if speculator:
-                speculator.propose(chunks, prepare)
             if self.graphs and (logits := self.graphs.logits(chunks)) is not None:
                 return logits
             return self.model.forward(prepare(chunks, self.cache.page_size, self.model.device), self.cache)

@@ -28,7 +28,7 @@ Those that came true are tokens like others; of the rest neither pages nor count
 from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -51,6 +51,7 @@ class Sequence:
     forks: sequences with the same prompt that start from this one's pages once the prompt is computed.
     adapter: which of the loaded adapters it runs with; -1: none.
     payload: the caller's, untouched.
+    plain: no guesses are made behind its tokens.
     memory: what speculation knows of its tokens; see NGrams.
     computed: the first so many tokens have their keys and values in pages.
     settled: so many of them were tokens before their step ran, not guesses that came true in it; a draft model has the
@@ -69,6 +70,7 @@ class Sequence:
     forks: "list[Sequence]" = field(default_factory=list)
     adapter: int = -1
     payload: Any = None
+    plain: bool = False
     memory: Any = None
     computed: int = 0
     settled: int = 0
@@ -144,6 +146,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """What runs next, oldest first; empty when nothing is left to do.  Report back with `advance`."""
         chunks: list[Chunk] = []
+        while len(self.running) > self.max_sequences:  # after forks
+            self._preempt()
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
         while len(chunks) < len(self.running):
             chunk = self._plan(self.running[len(chunks)], 1 + spare)
@@ -186,6 +190,33 @@ class Scheduler:
                 gained.append(self._append(sequence, [*chunk.accepted, token]))
         return gained
 
+    def extend(self, sequence: Sequence, token: int) -> None:
+        """The running sequence goes on with this token, sampled or known without that; it may be its last."""
+        sequence.tokens.append(token)
+        if token in sequence.stop:
+            self._finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.limit:
+            self._finish(sequence, "length")
+
+    def fork(self, sequence: Sequence, length: int, token: int) -> Sequence:
+        """A sequence that goes on with `token` behind this one's first `length` tokens, and shares their pages.
+
+        It runs right behind this one; where that does not run, it waits in front.
+        """
+        child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
+        child.pages, child.computed, child.settled, child.memory = [], 0, 0, None
+        if sequence not in self.running:
+            self.waiting.appendleft(child)
+            return child
+        known = min(length, sequence.settled)
+        full = known // self.page_size * self.page_size
+        child.computed = known if sequence.computed < full + self.page_size else full
+        child.settled = child.computed
+        child.pages = sequence.pages[: -(-child.computed // self.page_size)]  # not the last one, once full and kept
+        self.pool.share(child.pages)
+        self.running.insert(self.running.index(sequence) + 1, child)
+        return child
+
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
         if sequence in self.running or sequence in self.waiting:
@@ -199,12 +230,8 @@ class Scheduler:
         """The sequence goes on with these tokens, or with the first of them, which end it.  How many they were."""
         before = len(sequence.tokens)
         for token in tokens:
-            sequence.tokens.append(token)
-            if token in sequence.stop:
-                self._finish(sequence, "stop")
-                break
-            if len(sequence.tokens) >= sequence.limit:
-                self._finish(sequence, "length")
+            self.extend(sequence, token)
+            if sequence.finish_reason:
                 break
         count = -(-len(sequence.tokens) // self.page_size)
         if len(sequence.pages) > count:  # there were guesses, and they were wrong
@@ -217,7 +244,7 @@ class Scheduler:
         sequence = chunk.sequence
         count = len(sequence.tokens)
         most = min(most, sequence.limit - count - 1)  # a token follows the last guess
-        if not chunk.samples or chunk.count > 1 or sequence.forks or most < 1:
+        if not chunk.samples or chunk.count > 1 or sequence.plain or sequence.forks or most < 1:
             return 0
         missing = -(-(count + most) // self.page_size) - len(sequence.pages)
         sequence.pages += self.pool.take(min(missing, self.pool.free)) or [] if missing > 0 else []

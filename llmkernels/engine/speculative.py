@@ -73,6 +73,7 @@ class Ahead:
 
     def __init__(self, answer: Answer, guesses: Sequence[int]):
         self.params, self.seed, self.prompt_tokens = answer.params, answer.seed, answer.prompt_tokens
+        self.guide = answer.guide
         self.tokens: Sequence[int] = Joined(answer.tokens, guesses)
 
 
@@ -178,8 +179,11 @@ class Speculator:
         self.guessed = self.accepted = self.verified = 0
 
     def propose(self, chunks: Sequence[Chunk], prepare: Any) -> None:
-        """Fill in the guesses of every chunk that has room."""
-        tree = self.wish.width > 1 and all(chunk.count + chunk.room <= MOST_GUESSES + 1 for chunk in chunks)
+        """Fill in the guesses of every chunk that has room: under a grammar a chain that it allows."""
+        if self.cache is not None and (copies := [chunk.copy for chunk in chunks if chunk.copy]):
+            self.cache.copy(copies)
+        small = all(chunk.count + chunk.room <= MOST_GUESSES + 1 for chunk in chunks)
+        tree = self.wish.width > 1 and small and not any(chunk.sequence.payload.guide for chunk in chunks if chunk.room)
         roomy = [chunk for chunk in chunks if chunk.room]
         found = {id(chunk): self._lookup(chunk) for chunk in roomy} if self.wish.ngram else {}
         if self.model is not None:
@@ -191,6 +195,10 @@ class Speculator:
                     if (next_node := guess(chunk, node, token)) is None:
                         break
                     node = next_node
+
+            if guide := chunk.sequence.payload.guide:
+                allowed = guide.allowed(chunk.guesses)
+                del chunk.guesses[allowed:], chunk.parents[allowed:]
 
     def count(self, chunks: Sequence[Chunk]) -> None:
         """The step ran: keep the score."""
