@@ -21,7 +21,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; its directory's name.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LLMKERNELS_API_KEY", help="Every route but /health demands it.")
+        str | None, typer.Option(envvar="LLMKERNELS_API_KEY", help="Every route but / and /health demands it.")
     ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A jinja file, instead of the checkpoint's.")
@@ -29,6 +29,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help="Round the weights at load, as in w4a16_g128.")] = None,
+    quantize_head: Annotated[str | None, typer.Option(help="The same for the head alone, as in w8a16.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, int8, float8_e4m3fn or float8_e5m2.")] = "auto",
     kv_cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory for keys and values, in GiB.")] = 1.0,
     max_sequences: Annotated[int, typer.Option(min=1, help="Requests that run at once; the others wait.")] = 64,
@@ -55,6 +56,7 @@ def serve(
             dtype=dtype,
             device=device,
             quantize=quantize,
+            quantize_head=quantize_head,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_bytes=int(kv_cache_gib * 2**30),
             max_sequences=max_sequences,

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
+from llmkernels.engine.audit import problems
 from llmkernels.engine.beam import Beam, BeamParams, search
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.grammar import Grammars
+from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
 
@@ -48,6 +51,7 @@ class LLM:
         max_sequences: requests that run at once at most, never more than max_batch_tokens; the others wait.
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
+        graphs: record decode steps and replay them: the same results with less work between the kernels.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
@@ -70,6 +74,7 @@ class LLM:
         max_sequences: int = 64,
         max_length: int | None = None,
         prefix_reuse: bool = True,
+        graphs: bool = True,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
@@ -100,7 +105,9 @@ class LLM:
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(model, cache)
+        self._runner = Runner(
+            model, cache, DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
+        )
 
     def generate(
         self,
@@ -225,8 +232,10 @@ class LLM:
         self._scheduler.end(output._sequence)
 
     def stats(self) -> dict[str, int]:
-        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse."""
+        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse; decode
+        steps that were replayed, and that were not."""
         scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
+        graphs = self._runner.graphs
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -236,7 +245,18 @@ class LLM:
             "preemptions": scheduler.preemptions,
             "prefix_asked_tokens": prefix.asked if prefix else 0,
             "prefix_found_tokens": prefix.found if prefix else 0,
+            "decode_replayed_steps": graphs.replayed if graphs else 0,
+            "decode_plain_steps": graphs.plain if graphs else 0,
         }
+
+    def check(self) -> None:
+        """RuntimeError unless every page is free, kept for its keys, or used by the sequences that it counts."""
+        if found := list(problems(self._scheduler)):
+            raise RuntimeError(f"the cache's pages do not add up: {'; '.join(found)}")
+
+    def snapshot(self) -> dict[str, Any]:
+        """Requests, pages and prefixes as they are now, for a picture; see engine/snapshot.py."""
+        return snapshot(self._scheduler)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""

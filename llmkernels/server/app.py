@@ -1,4 +1,4 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; / and /status are status.py's."""
 
 import asyncio
 import json
@@ -22,6 +22,7 @@ from llmkernels.server.chat import ChatTemplate
 from llmkernels.server.guard import Guard, error
 from llmkernels.server.metrics import Metrics
 from llmkernels.server.protocol import ChatRequest, CompletionRequest, Error, Model, ModelList, Sampling
+from llmkernels.server.status import add_status
 
 MOST_CHOICES = 128  # prompts times n
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 401, 404, 413, 503)}
@@ -44,7 +45,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     Args:
         name: what clients call the model.
         template: how a chat becomes a prompt; without one, chat is refused.
-        api_key: every route but /health demands it.
+        api_key: every route but / and /health demands it.
     """
     metrics = Metrics(llm)
     started = int(time.time())
@@ -108,6 +109,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    add_status(app, name, metrics, ERRORS)
     return app
 
 
@@ -115,49 +117,20 @@ async def _respond(
     request: Request, body: Sampling, prompts: Sequence[Prompt], params: SamplingParams, form: Form
 ) -> Response:
     """Run the prompts, params.n answers to each, and answer whole or in a stream."""
-    deltas = _merged(request.app.state.engine, prompts, params, body.cache_salt)
+    news = request.app.state.engine.batches(prompts, params, salt=body.cache_salt)
     if not body.stream:
-        outputs = await _unless_gone(request, _collect(deltas))
+        outputs = await _unless_gone(request, _collect(news))
         return JSONResponse(form.whole(outputs))
-    first = await anext(deltas)  # what is wrong with the request is told as an error, not in a stream
+    first = await anext(news)  # what is wrong with the request is told as an error, not in a stream
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    return StreamingResponse(_events(first, deltas, form, usage), media_type="text/event-stream")
+    return StreamingResponse(_events(first, news, form, usage), media_type="text/event-stream")
 
 
-async def _merged(
-    engine: AsyncLLM, prompts: Sequence[Prompt], params: SamplingParams, salt: str | None
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(number of the choice, delta) of all prompts, as they come; leaving it aborts them all."""
-    arrived: asyncio.Queue[tuple[int, Delta] | BaseException] = asyncio.Queue()
-
-    async def follow(number: int, prompt: Prompt) -> None:
-        try:
-            async with aclosing(engine.stream(prompt, params, salt=salt)) as deltas:
-                async for delta in deltas:
-                    arrived.put_nowait((number * params.n + delta.output.index, delta))
-        except (ValueError, EngineStopped) as failure:
-            arrived.put_nowait(failure)
-
-    tasks = [asyncio.create_task(follow(number, prompt)) for number, prompt in enumerate(prompts)]
-    left = len(prompts) * params.n
-    try:
-        while left:
-            item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            left -= item[1].finish_reason is not None
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _collect(deltas: AsyncGenerator[tuple[int, Delta], None]) -> list[Output]:
+async def _collect(news: AsyncGenerator[list[tuple[int, Delta]], None]) -> list[Output]:
     outputs: dict[int, Output] = {}
-    async with aclosing(deltas):
-        async for number, delta in deltas:
-            outputs[number] = delta.output
+    async with aclosing(news):
+        async for some in news:
+            outputs |= {number: delta.output for number, delta in some}
     return [outputs[number] for number in sorted(outputs)]
 
 
@@ -181,17 +154,19 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 async def _events(
-    first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None], form: Form, usage: bool
+    first: list[tuple[int, Delta]], rest: AsyncGenerator[list[tuple[int, Delta]], None], form: Form, usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events; the usage last, if wanted, and then [DONE]."""
-    outputs = {}
-    async with aclosing(deltas):
-        outputs[first[0]] = first[1].output
-        yield _event(form.chunk(*first))
+    """Server-sent events, those of a step in one piece; the usage last, if wanted, and then [DONE]."""
+    outputs: dict[int, Output] = {}
+    async with aclosing(rest):
+        some = first
         try:
-            async for number, delta in deltas:
-                outputs[number] = delta.output
-                yield _event(form.chunk(number, delta))
+            while True:
+                outputs |= {number: delta.output for number, delta in some}
+                yield "".join([_event(form.chunk(number, delta)) for number, delta in some])
+                some = await anext(rest)
+        except StopAsyncIteration:
+            pass
         except EngineStopped as failure:
             yield _event(error(str(failure), "server_error"))
             return
