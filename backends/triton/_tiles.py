@@ -14,7 +14,7 @@ from ._launch import INTERPRETED, blocks, power
 PACKED = ("int4", "mxfp4")
 LARGE_SHARED = 200 << 10  # Hopper's and Blackwell's
 LARGEST_SPLIT = 16
-LARGE_ROWS = 1024  # from here on it pays that tensor descriptors are made for every call, some 20 us of the host's time
+LARGE_ROWS = 256  # from here on it pays that tensor descriptors are made for every call, some 20 us of the host's time
 
 
 @functools.lru_cache(4096)
