@@ -122,7 +122,8 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
         launch(
             multiply_few, (blocks(features, choice["BLOCK_N"]), split), x,
             x, x_scales, values, form.scales, form.zeros, bias, y, parts,
-            rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even, **common, **choice,
+            rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even,
+            STAGES=choice["num_stages"], **common, **choice,
         )  # fmt: skip
         _finish(parts, bias, y, activation, gated)
         return
