@@ -20,13 +20,14 @@ def activated(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def store(
-    z, y, bias, row, feature, rows, features,
+    z, y, bias, row, tile, rows, features,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[row, ...] = act(z + bias) for a tile z [BLOCK_M, BLOCK_N] of float32; y is contiguous.
 
     Where GATED, the first half of the tile's columns are gates and the second what they gate: `features_of`.
     """
+    feature = features_of(tile, features, GATED, BLOCK_N)
     if bias is not None:
         z += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
     width, column = features, feature
@@ -34,7 +35,7 @@ def store(
         gate, value = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         z = activated(gate, ACTIVATION) * value
         width = features // 2
-        column, _ = tl.split(tl.permute(tl.reshape(feature, (2, BLOCK_N // 2)), (1, 0)))
+        column = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)  # half of `feature`, but seen to be contiguous
     else:
         z = activated(z, ACTIVATION)
     at = y + row.to(tl.int64)[:, None] * width + column[None, :]

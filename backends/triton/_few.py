@@ -111,7 +111,7 @@ def multiply_few(
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         tl.store(at, z, mask=there & (feature < features)[None, :])
     else:
-        store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+        store(z, y, bias, row, tl.program_id(0), rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

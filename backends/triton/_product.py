@@ -132,7 +132,7 @@ def multiply(
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         tl.store(at, z, mask=(row < rows)[:, None] & (feature < features)[None, :])
     else:
-        store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+        store(z, y, bias, row, tile_n, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -147,7 +147,7 @@ def finish(
     for share in tl.static_range(SPLIT):
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         z += tl.load(at, mask=(feature < features)[None, :], other=0.0)
-    store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, 1, BLOCK_N)
+    store(z, y, bias, row, tl.program_id(0), rows, features, ACTIVATION, GATED, 1, BLOCK_N)
 
 
 @triton.jit

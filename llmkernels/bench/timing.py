@@ -1,7 +1,7 @@
 """How long a call takes: cold caches, real data, medians, or the best where threads wait for one another.
 
 The same call is made on several copies of its arguments in turn, together larger than the last cache; what is so small
-that even MOST_COPIES are not stays in it.  On a GPU the calls are captured in a CUDA graph, as an engine replays a step:
+that even MOST_COPIES are not stays in it.  On a GPU the calls are captured in a CUDA graph, as an engine replays steps:
 what it costs the host to launch them is another number (dispatch.py).  A call that no graph can hold, since it reads an
 answer back, is launched one by one, and Time.launched says so; a buffer larger than L2 is then read before each call.
 (Written, its dirty lines would go back to memory while the clock runs: as many bytes again as the L2 holds.)
