@@ -130,11 +130,17 @@ def random_checkpoint(path: Path) -> None:
 def engine(model: str, **options: Any) -> Callable[[list[int]], Iterator[int]]:
     """Greedy tokens without an end, from our engine."""
     llm = LLM(
-        checkpoint(model), tokenizer=False, device="cpu", max_batch_tokens=PREFILL, max_length=2 * PREFILL, **options
+        checkpoint(model),
+        tokenizer=False,
+        device="cpu",
+        max_batch_tokens=PREFILL,
+        max_length=2 * PREFILL,
+        prefix_reuse=False,  # or only the first round would compute the prompt
+        **options,
     )
 
     def generate(prompt: list[int]) -> Iterator[int]:
-        output = llm.add(prompt, SamplingParams(max_tokens=PREFILL, ignore_eos=True))
+        (output,) = llm.add(prompt, SamplingParams(max_tokens=PREFILL, ignore_eos=True))
         try:
             while True:
                 llm.step()

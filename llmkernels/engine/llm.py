@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from llmkernels.engine.audit import problems
 from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.grammar import Grammars
+from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
-from llmkernels.engine.sampling import SamplingParams, draw_seed, fork_seed
+from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
@@ -46,6 +49,7 @@ class LLM:
         max_sequences: requests that run at once at most, never more than max_batch_tokens; the others wait.
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
+        graphs: record decode steps and replay them: the same results with less work between the kernels.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
@@ -68,6 +72,7 @@ class LLM:
         max_sequences: int = 64,
         max_length: int | None = None,
         prefix_reuse: bool = True,
+        graphs: bool = True,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
@@ -78,6 +83,7 @@ class LLM:
         self.max_length = min(max_length or self.config.context, self.config.context)
         self.tokenizer = read_tokenizer(checkpoint.path, tokenizer)
         self._eos = _eos(checkpoint)
+        self._grammars = self.tokenizer and Grammars(self.tokenizer, self.config.vocab, self._eos)
         self.default_params = _default_params(checkpoint.generation)
 
         kind = _one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
@@ -97,7 +103,9 @@ class LLM:
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(model, cache)
+        self._runner = Runner(
+            model, cache, DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
+        )
 
     def generate(
         self,
@@ -161,18 +169,31 @@ class LLM:
         self._scheduler.advance(chunks, [chosen.token for chosen in choices])
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
         for output, chosen in zip(ends, choices, strict=True):
-            if output._receive(chosen):
-                self._scheduler.end(output._sequence)
-                output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+            self._take(output, chosen)
+            for token in output._forced():
+                self._scheduler.extend(output._sequence, token)
+                self._take(output, Chosen(token))
+                if output.finish_reason:
+                    break
         return True
+
+    def prepare(self, params: SamplingParams | None) -> Any:
+        """Compile what such a request needs, maybe for seconds, on any thread; while it lives, `add` is quick."""
+        if params is None or params.structure is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structure is given and this LLM has tokenizer=False; give tokenizer=<path>")
+        return self._grammars.compiled(params.structure)
 
     def abort(self, output: Output) -> None:
         """End a request now and free its pages; nothing happens to a finished one."""
         self._scheduler.end(output._sequence)
 
     def stats(self) -> dict[str, int]:
-        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse."""
+        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse; decode
+        steps that were replayed, and that were not."""
         scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
+        graphs = self._runner.graphs
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -182,13 +203,25 @@ class LLM:
             "preemptions": scheduler.preemptions,
             "prefix_asked_tokens": prefix.asked if prefix else 0,
             "prefix_found_tokens": prefix.found if prefix else 0,
+            "decode_replayed_steps": graphs.replayed if graphs else 0,
+            "decode_plain_steps": graphs.plain if graphs else 0,
         }
+
+    def check(self) -> None:
+        """RuntimeError unless every page is free, kept for its keys, or used by the sequences that it counts."""
+        if found := list(problems(self._scheduler)):
+            raise RuntimeError(f"the cache's pages do not add up: {'; '.join(found)}")
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
         if self.tokenizer is None:
             raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
         return self.tokenizer.encode(text).ids
+
+    def _take(self, output: Output, chosen: Chosen) -> None:
+        if output._receive(chosen):
+            self._scheduler.end(output._sequence)
+            output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
 
     def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
         feed = Feed(outputs)
@@ -222,12 +255,14 @@ class LLM:
         seed = draw_seed() if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         limit = min(len(ids) + params.max_tokens, self.max_length)
-        outputs = []
+        grammar, outputs = self.prepare(params), []
         for i in range(params.n):
             sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=salt)
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
             stops = StopStrings(params.stop)
             output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
+            if grammar and self._grammars:
+                output.guide = self._grammars.guide(grammar, stop)
             sequence.payload = output
             outputs.append(output)
         outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]

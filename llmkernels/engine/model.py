@@ -86,7 +86,7 @@ class Batch:
 
     tokens, positions, slots: int64 [tokens]; a slot is page * page_size + offset.
     block_table: int32 [seqs max_pages].  seq_lens: int32 [seqs], keys with the new ones.  cu_seqlens_q: int32 [seqs+1].
-    rows: int64 [samples], the tokens whose logits are wanted.
+    rows: int64 [samples], the tokens whose logits are wanted; None: all of them.
     max_seqlen_q, max_seqlen_k: upper bounds, rounded up so that few different ones occur.
     """
 
@@ -96,7 +96,7 @@ class Batch:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
 
@@ -123,14 +123,19 @@ class Model:
 
     def forward(self, batch: Batch, cache: "KVCache") -> torch.Tensor:
         """Logits [samples vocab] of the rows asked for; keys and values of all tokens are written to the cache."""
-        x: torch.Tensor = self.embedding[batch.tokens]
+        return self.decode(self.embedding[batch.tokens], batch, cache)
+
+    def decode(self, x: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
+        """`forward` behind the embedding: x is [tokens hidden].  Nothing but ops where batch.rows is None."""
         residual: Any = None
         for index, layer in enumerate(self.layers):
             qkv, residual = self._normed(x, residual, layer.input_norm, layer.qkv)
             x = _product(self._attention(index, layer, qkv, batch, cache), layer.o)
             h, residual = self._normed(x, residual, layer.post_norm, layer.gate_up, activation="swiglu")
             x = _product(h, layer.down)
-        return self._normed(x[batch.rows], residual[batch.rows], self.norm, self.head)[0]
+        if batch.rows is not None:
+            x, residual = x[batch.rows], residual[batch.rows]
+        return self._normed(x, residual, self.norm, self.head)[0]
 
     def _normed(
         self, x: torch.Tensor, residual: Any, norm: torch.Tensor, linear: Linear, activation: str = "none"

@@ -5,6 +5,8 @@ from collections.abc import Sequence as Row
 import torch
 
 from llmkernels.engine.cache import KVCache
+from llmkernels.engine.grammar import Masks
+from llmkernels.engine.graphs import DecodeGraphs, table_width
 from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.sampling import Chosen, choose
 from llmkernels.engine.scheduler import Chunk, Sequence
@@ -14,18 +16,17 @@ CALIBRATION = 256  # tokens that decide the scales of a quantized cache
 
 
 class Runner:
-    """A model and its cache."""
+    """A model and its cache.  graphs: its decode steps, where they are to be recorded and replayed."""
 
-    def __init__(self, model: Model, cache: KVCache):
-        self.model, self.cache = model, cache
+    def __init__(self, model: Model, cache: KVCache, graphs: DecodeGraphs | None = None):
+        self.model, self.cache, self.graphs = model, cache, graphs
 
     def run(self, chunks: Row[Chunk]) -> list[Chosen]:
         """Run these chunks; the next token of each chunk that samples, in order."""
+        answers = [chunk.sequence.payload for chunk in chunks if chunk.samples]
+        masks = Masks.begin([answer.guide for answer in answers], self.model.config.vocab)
         logits = self.logits(chunks)
-        ends = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not ends:
-            return []
-        return choose(logits, [sequence.payload for sequence in ends])
+        return choose(logits, answers, masks) if answers else []
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor:
         """[samples vocab]: the logits after each chunk that samples, in order.  Pages to be copied are copied first.
@@ -35,6 +36,8 @@ class Runner:
         if copies := [chunk.copy for chunk in chunks if chunk.copy]:
             self.cache.copy(copies)
         with use(checked=bool(current().checked)):
+            if self.graphs and (logits := self.graphs.logits(chunks)) is not None:
+                return logits
             return self.model.forward(prepare(chunks, self.cache.page_size, self.model.device), self.cache)
 
 
@@ -51,7 +54,7 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
         slots += [pages[p // page_size] * page_size + p % page_size for p in span]
         starts.append(len(tokens))
         rows += [len(tokens) - 1] if chunk.samples else []
-    width = _round_up(max(len(chunk.sequence.pages) for chunk in chunks))
+    width = table_width(max(len(chunk.sequence.pages) for chunk in chunks))
     table = [chunk.sequence.pages + [-1] * (width - len(chunk.sequence.pages)) for chunk in chunks]
 
     def array(values: list, dtype: torch.dtype) -> torch.Tensor:
@@ -64,7 +67,7 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
         block_table=array(table, torch.int32),
         seq_lens=array([chunk.start + chunk.count for chunk in chunks], torch.int32),
         cu_seqlens_q=array(starts, torch.int32),
-        rows=array(rows, torch.int64),
+        rows=None if len(rows) == len(tokens) else array(rows, torch.int64),
         max_seqlen_q=_round_up(max(chunk.count for chunk in chunks)),
         max_seqlen_k=width * page_size,
     )
