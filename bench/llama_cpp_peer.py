@@ -13,7 +13,11 @@ import llama_cpp
 import numpy as np
 from safetensors import safe_open
 
-FILE_TYPES = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
+FILE_TYPES = {
+    "bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+}
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -82,7 +86,7 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def quantize(source: Path, target: Path, kind: str, threads: int) -> None:
-    """Let llama.cpp round a float32 GGUF to q4_0 or q4_K_M; it keeps the head at 6 bits in both."""
+    """Let llama.cpp round a float32 GGUF to bf16, q4_0 or q4_K_M; it keeps the head at 6 bits in the last two."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = FILE_TYPES[kind], threads
     if status := llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):

@@ -99,35 +99,61 @@ def rows(known: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sentence(row: Mapping[str, Any]) -> str:
-    """'ran on NVIDIA H200', 'emulated (40 of 51 cases)', 'compiled for gfx942', 'no record' ...
+    """'ran on NVIDIA H200', 'emulated (40 of 51 cases)', 'compiled for gfx942', 'no record' ..."""
+    return " ".join(filter(None, (_known(row), _place(row), _counted(row))))
 
-    Cases are counted where some were refused or failed; of what is compiled, kernels' kinds of launch.
-    """
-    place = {"ran": " on ", "failed": " on ", "compiled": " for "}.get(row["evidence"])
-    words = f"{row['evidence']}{place}{row['device']}" if place else str(row["evidence"])
-    words += f": {row[ISA]}" if place and row[ISA] else ""
+
+def _known(row: Mapping[str, Any]) -> str:
+    place = {"ran": " on", "failed": " on", "compiled": " for"}
+    return str(row["evidence"]) + place.get(row["evidence"], "")
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    """The device, and of its instruction sets the one that ran; where a row has an interpreter's, nothing."""
+    if row["evidence"] not in ("ran", "failed", "compiled"):
+        return ""
+    return row["device"] + (f": {row[ISA]}" if row[ISA] else "")
+
+
+def _counted(row: Mapping[str, Any]) -> str:
+    """Of cases, where some were refused or failed; of what is compiled, of kernels' kinds of launch."""
     if not row["passed"] or not (row["refused"] or row["failed"]):
-        return words
+        return ""
     counted = "kinds" if row["evidence"] == "compiled" else "cases"
-    return f"{words} ({row['passed']} of {sum(row[name] for name in COUNTS)} {counted})"
+    return f"({row['passed']} of {sum(row[name] for name in COUNTS)} {counted})"
 
 
 def markdown(table: Iterable[Mapping[str, Any]]) -> str:
-    """The README's table: a column per backend; ops of which the same is known share a line."""
-    cells: dict[str, dict[str, list[str]]] = {}
+    """The README's table: of each backend what is known, and of which ops; places that tell the same share a line."""
+    told: dict[tuple[str, str], dict[str, dict[str, str]]] = {}  # (backend, what is known) -> place -> op -> but
     for row in _joined(_of_all_dtypes(table)):
-        words = sentence(row) + (f" in {row['dtype']}" if row["dtype"] else "")
-        cells.setdefault(row["op"], {}).setdefault(row["backend"], []).append(words)
-    names = list(dict.fromkeys(name for line in cells.values() for name in line))
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for op, line in cells.items():
-        told = ("<br>".join(_of_chips(line.get(name, ["no kernel"]))) for name in names)
-        lines.setdefault(tuple(told), []).append(f"`{op}`")
-    text = [f"| op | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for known, ops in lines.items():
-        said = " | ".join("—" if word == "no kernel" else word for word in known)
-        text.append(f"| {' '.join(ops)} | {said} |")
+        but = " ".join(filter(None, (row["dtype"] and f"in {row['dtype']}", _counted(row))))
+        told.setdefault((row["backend"], _known(row)), {}).setdefault(_place(row), {})[row["op"]] = but
+    names = list(dict.fromkeys(op for places in told.values() for ops in places.values() for op in ops))
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for (backend, known), places in told.items():
+        for place, ops in places.items():
+            lines.setdefault((backend, known, _of_ops(ops, len(names))), []).append(place)
+    text = ["| backend | what is known | of which ops |", "|---|---|---|"]
+    for backend in dict.fromkeys(backend for backend, *_ in lines):
+        mine = sorted((line for line in lines if line[0] == backend), key=lambda line: _strength(line[1]))
+        for _, known, which in mine:
+            where = "; ".join(lines[backend, known, which])
+            text.append(f"| `{backend}` | {f'{known} {where}'.strip()} | {which} |")
     return "\n".join(text)
+
+
+def _strength(known: str) -> int:
+    """The strongest evidence first, then what is not known."""
+    return [*MODES, "failed", "refuses", "no"].index(known.split()[0])
+
+
+def _of_ops(ops: Mapping[str, str], count: int) -> str:
+    """'all 11', 'all 11, of these `sample` (4 of 5 kinds)', or their names."""
+    partly = [f"`{op}` {but}" for op, but in ops.items() if but]
+    if len(ops) < count:
+        return " ".join([*(f"`{op}`" for op, but in ops.items() if not but), *partly])
+    return f"all {count}" + (f", of these {', '.join(partly)}" if partly else "")
 
 
 def _of_all_dtypes(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -153,14 +179,6 @@ def _joined(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         names = [found[key][ISA], row[ISA]] if key in found else [row[ISA]]
         found[key] = dict(row) | {ISA: ", ".join(filter(None, names)) or None}
     return list(found.values())
-
-
-def _of_chips(sentences: Iterable[str]) -> list[str]:
-    """Each sentence once, and one for all chips that something was compiled for."""
-    start = "compiled for "
-    chips = [sentence.removeprefix(start) for sentence in sentences if sentence.startswith(start)]
-    others = [sentence for sentence in dict.fromkeys(sentences) if not sentence.startswith(start)]
-    return others + ([start + ", ".join(dict.fromkeys(chips))] if chips else [])
 
 
 def has_kernel(op: str) -> list[str]:

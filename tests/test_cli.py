@@ -232,7 +232,9 @@ def test_records_of_several_instruction_sets_are_kept_apart_and_told_in_one_line
         status.write(tmp_path / "x.json", status.summarize(results, "ran", "a chip", isa))
     rows = [row for row in status.rows(status.records(tmp_path)) if row["evidence"] == "ran"]
     assert sorted(str(row["isa"]) for row in rows) == sorted(3 * ["None", "avx2", "avx512"])
-    assert "| ran on a chip: avx2, avx512 |" in status.markdown(status.rows(status.records(tmp_path)))
+    assert "| `cpu` | ran on a chip: avx2, avx512 | `rms_norm` |" in status.markdown(
+        status.rows(status.records(tmp_path))
+    )
 
 
 def test_status_says_what_nobody_tried(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmkernels.engine.audit import problems
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
-from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.scheduler import PATIENCE, Scheduler, Sequence
 
 
 class Memory:
@@ -48,18 +49,7 @@ class Memory:
         return chunks
 
     def check(self):
-        users = [0] * self.pool.pages
-        for sequence in self.scheduler.running:
-            for page in sequence.pages:
-                users[page] += 1
-        assert users == [self.pool.users(page) for page in range(self.pool.pages)], "a reference nobody can explain"
-        if self.prefix:
-            kept = {node.page: node for _, node in self.prefix.walk()}
-            assert len(kept) == self.prefix.pages
-            assert self.pool.idle == sum(users[page] == 0 for page in kept)
-            assert all(users[node.page] <= users[node.parent.page] for node in kept.values() if node.parent.parent)
-        else:
-            assert not self.pool.idle
+        assert not list(problems(self.scheduler))
 
     def run(self, *sequences, next_token=lambda sequence: 0):
         for sequence in sequences:
@@ -236,3 +226,31 @@ def test_a_page_given_back_twice_is_a_bug_that_shows():
             wrong(pages)
     with pytest.raises(ValueError, match="not in use"):
         pool.keep(pages[0])
+
+
+def test_who_finds_a_longer_prefix_goes_first_but_not_for_ever():
+    memory = Memory(pages=64, page_size=2, max_batch_tokens=8, max_sequences=1)
+    memory.run(ask([1] * 8, answer=1))
+    stranger, order = ask([2] * 8, answer=1), []
+    memory.scheduler.add(ask([3] * 8, answer=1))
+    memory.step()
+    memory.scheduler.add(stranger)
+    friends = [ask([1] * 8, answer=1) for _ in range(PATIENCE + 3)]
+    for friend in friends:
+        memory.scheduler.add(friend)
+    while memory.scheduler.waiting:
+        order += [chunk.sequence for chunk in memory.step()]
+    assert order == [*friends[:PATIENCE], stranger, *friends[PATIENCE:]]
+
+
+def test_an_audit_finds_what_is_wrong():
+    memory = Memory(page_size=2)
+    memory.scheduler.add(ask(range(5)))
+    memory.step()
+    (running,) = memory.scheduler.running
+    memory.pool.take(1)
+    assert [text for text in problems(memory.scheduler) if "counts 1 users, and 0 sequences use it" in text]
+    memory.pool.share(running.pages[1:2])
+    assert [text for text in problems(memory.scheduler) if "before it" in text]
+    running.computed = 99
+    assert [text for text in problems(memory.scheduler) if "claims 99" in text]

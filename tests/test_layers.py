@@ -34,7 +34,7 @@ LAYERS = {
     "ops": Layer("ops/*", "core quant", "torch numpy"),
     "frameworks": Layer("torch_library jax_api", "core quant ops", "torch jax numpy"),
     "kit": Layer("memory inputs comparison testing selfcheck", "core quant ops", "torch numpy", "jax"),
-    "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2"),
+    "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2 xgrammar"),
     "server": Layer(
         "server/*",
         "core quant ops frameworks engine",

@@ -32,7 +32,7 @@ def chosen(op, *arrays, **options):
     """Which program answers a call that is taken: PALLAS, PLAIN, or EITHER where a trace decides it later."""
     if emulated():
         return PALLAS
-    given = [x for x in jax.tree.leaves([*arrays, options.values()]) if isinstance(x, jax.Array)]
+    given = [x for x in jax.tree.leaves([arrays, options]) if isinstance(x, jax.Array)]
     traced = any(isinstance(x, jax.core.Tracer) for x in given)
     if not given or kernel(op) is None or not (traced or _on_tpu(given[0])) or [*kernel(op).takes(*arrays, **options)]:
         return PLAIN

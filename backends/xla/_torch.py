@@ -23,11 +23,11 @@ def bucket(size):
     return size if size < 2 else 1 << (size - 1).bit_length() if size <= STEP else -(-size // STEP) * STEP
 
 
-def filled(x, size, value=0):
-    """x with its first axis filled up to `size`; itself where it has that size."""
-    if x is None or x.shape[0] == size:
+def filled(x, size, value=0, axis=0):
+    """x with an axis filled up to `size`; itself where it has that size."""
+    if x is None or x.shape[axis] == size:
         return x
-    return pad(x, (0, 0) * (x.dim() - 1) + (0, size - x.shape[0]), value=value)
+    return pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, size - x.shape[axis]), value=value)
 
 
 def narrow(x):

@@ -56,9 +56,14 @@ def run(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options):
     columns = COLUMNS
     while columns < block_table.shape[1]:
         columns *= 4
-    table = torch.nn.functional.pad(filled(block_table, batch), (0, columns - block_table.shape[1]))
-    starts = torch.nn.functional.pad(cu_seqlens_q, (0, batch - seqs), value=tokens)
-    arrays = [filled(q, rows), k_cache, v_cache, table, filled(seq_lens, batch), starts]
+    arrays = [
+        filled(q, rows),
+        k_cache,
+        v_cache,
+        filled(filled(block_table, batch), columns, axis=1),
+        filled(seq_lens, batch),
+        filled(cu_seqlens_q, batch + 1, tokens),
+    ]
     options["tree_mask"] = filled(options["tree_mask"], rows)
     options |= {"max_seqlen_q": None, "max_seqlen_k": None}  # bounds, which the program does not need
     given = {name: to_jax(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}

@@ -21,6 +21,9 @@ What --json prints is an interface; keys are added, never renamed:
                   peers: {name: seconds}, ratio_to_best_peer, dispatch_seconds, parity_error, tolerance, bytes,
                   operations, recorded}], not_timed: [{op, backend, dtype, case, why}]}
     bench --dispatch  {rows: [{op, run_seconds, call_seconds, dispatch_seconds}]}
+    bench serve  {url, model, device, versions, command, recorded, rows: [{concurrency, requests, seconds,
+                  prompt_tokens, answer_tokens, cached_tokens, total_tokens_per_second, answer_tokens_per_second,
+                  first_token_ms, between_tokens_ms, request_ms: {p50, p90, p99}}]}
     generate     {text, tokens, prompt_tokens, seconds, tokens_per_second,
                   ledger: {op: {backend: {calls, why: {reason: calls}}}}}; with --file all of this for the whole batch,
                   text null, and outputs: [{prompt, text, tokens, prompt_tokens}]
@@ -117,6 +120,7 @@ def _note(message: Any, *_: Any, **__: Any) -> None:
 
 from llmkernels.cli import (  # noqa: E402  they register themselves
     bench,
+    bench_serve,
     compile,
     conformance,
     doctor,
@@ -127,4 +131,17 @@ from llmkernels.cli import (  # noqa: E402  they register themselves
     tune,
 )
 
-__all__ = ["app", "bench", "compile", "conformance", "doctor", "generate", "main", "ops", "serve", "status", "tune"]
+__all__ = [
+    "app",
+    "bench",
+    "bench_serve",
+    "compile",
+    "conformance",
+    "doctor",
+    "generate",
+    "main",
+    "ops",
+    "serve",
+    "status",
+    "tune",
+]

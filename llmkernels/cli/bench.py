@@ -18,8 +18,13 @@ BEYOND = 105  # percent of the limit that noise does not explain
 FASTER, SLOWER = 1.05, 0.95  # what a ratio must differ from 1 by to be coloured
 
 
-@app.command()
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
 def bench(
+    ctx: typer.Context,
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     backend: Annotated[str | None, typer.Option(help="Only this backend; otherwise all that are here.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Only this dtype.")] = None,
@@ -42,6 +47,8 @@ def bench(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the roofline picture.")] = None,
 ) -> None:
     """Measure each call: its time, the share of what this device could do, the ratio to the best peer."""
+    if ctx.invoked_subcommand:
+        return
     from llmkernels import discovery, registry
     from llmkernels.bench import measure, results, subjects
     from llmkernels.bench import report as make_report

@@ -1,18 +1,21 @@
 """LLM(...).generate and .stream: requests in, text out, and the loop between."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmkernels.engine.audit import problems
+from llmkernels.engine.beam import Beam, BeamParams, search
 from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.grammar import Grammars
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
-from llmkernels.engine.sampling import SamplingParams, draw_seed, fork_seed
+from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
@@ -78,6 +81,7 @@ class LLM:
         self.max_length = min(max_length or self.config.context, self.config.context)
         self.tokenizer = read_tokenizer(checkpoint.path, tokenizer)
         self._eos = _eos(checkpoint)
+        self._grammars = self.tokenizer and Grammars(self.tokenizer, self.config.vocab, self._eos)
         self.default_params = _default_params(checkpoint.generation)
 
         kind = _one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
@@ -143,6 +147,46 @@ class LLM:
         """
         return self._follow(self.add(prompt, params, salt=salt))
 
+    def beam_search(self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None) -> list[Beam]:
+        """The likeliest answers to a prompt that beam search finds, params.width of them, the best first.
+
+        Requests that were added run beside it.  ValueErrors as in `generate`, and where the beams find no room.
+        """
+        params = params or BeamParams()
+        wishes = SamplingParams(
+            max_tokens=params.max_tokens, top_logprobs=params.width + len(self._eos), ignore_eos=True
+        )
+        outputs = self._request(prompt, wishes, salt)
+        first, scheduler = outputs[0]._sequence, self._scheduler
+        start, length = len(first.tokens), first.limit - len(first.tokens)
+        shared = start // scheduler.page_size
+        pages = shared + params.width * (-(-first.limit // scheduler.page_size) - shared)
+        if params.width > scheduler.max_sequences or pages > scheduler.pool.pages:
+            raise ValueError(
+                f"width is {params.width}: {pages} pages and as many sequences at once; this LLM has "
+                f"{scheduler.pool.pages} and max_sequences={scheduler.max_sequences}: give fewer beams, or fewer tokens"
+            )
+        scheduler.add(first)
+
+        def follow(ways: list[tuple[int, int]]) -> list[Mapping[int, float]]:
+            nonlocal outputs, start
+            if ways:
+                parents, outputs = outputs, [self._fork(outputs[i], start, token) for i, token in ways]
+                for parent in parents:
+                    self.abort(parent)
+                start += 1
+            while not all(output.top_logprobs for output in outputs):
+                self.step()
+            return [output.top_logprobs[0] for output in outputs]
+
+        try:
+            beams = search(params, length, self._eos, follow)
+        finally:
+            for output in outputs:
+                self.abort(output)
+        decode = self.tokenizer.decode if self.tokenizer else lambda tokens: ""
+        return [replace(beam, text=decode(beam.tokens)) for beam in beams]
+
     def add(self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None) -> list[Output]:
         """Queue a request without running it; each `step` brings its params.n Outputs further.
 
@@ -161,10 +205,21 @@ class LLM:
         self._scheduler.advance(chunks, [chosen.token for chosen in choices])
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
         for output, chosen in zip(ends, choices, strict=True):
-            if output._receive(chosen):
-                self._scheduler.end(output._sequence)
-                output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+            self._take(output, chosen)
+            for token in output._forced():
+                self._scheduler.extend(output._sequence, token)
+                self._take(output, Chosen(token))
+                if output.finish_reason:
+                    break
         return True
+
+    def prepare(self, params: SamplingParams | None) -> Any:
+        """Compile what such a request needs, maybe for seconds, on any thread; while it lives, `add` is quick."""
+        if params is None or params.structure is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structure is given and this LLM has tokenizer=False; give tokenizer=<path>")
+        return self._grammars.compiled(params.structure)
 
     def abort(self, output: Output) -> None:
         """End a request now and free its pages; nothing happens to a finished one."""
@@ -184,11 +239,28 @@ class LLM:
             "prefix_found_tokens": prefix.found if prefix else 0,
         }
 
+    def check(self) -> None:
+        """RuntimeError unless every page is free, kept for its keys, or used by the sequences that it counts."""
+        if found := list(problems(self._scheduler)):
+            raise RuntimeError(f"the cache's pages do not add up: {'; '.join(found)}")
+
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
         if self.tokenizer is None:
             raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
         return self.tokenizer.encode(text).ids
+
+    def _take(self, output: Output, chosen: Chosen) -> None:
+        if output._receive(chosen):
+            self._scheduler.end(output._sequence)
+            output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+
+    def _fork(self, output: Output, length: int, token: int) -> Output:
+        """One that goes on with `token` behind the first `length` tokens of this one's sequence."""
+        sequence = self._scheduler.fork(output._sequence, length, token)
+        fork = Output(output.prompt_tokens, output.params, output.seed, _sequence=sequence, _stops=StopStrings(()))
+        sequence.payload = fork
+        return fork
 
     def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
         feed = Feed(outputs)
@@ -222,12 +294,14 @@ class LLM:
         seed = draw_seed() if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         limit = min(len(ids) + params.max_tokens, self.max_length)
-        outputs = []
+        grammar, outputs = self.prepare(params), []
         for i in range(params.n):
             sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=salt)
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
             stops = StopStrings(params.stop)
             output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
+            if grammar and self._grammars:
+                output.guide = self._grammars.guide(grammar, stop)
             sequence.payload = output
             outputs.append(output)
         outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]

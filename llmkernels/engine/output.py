@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from llmkernels.engine.grammar import Guide
 from llmkernels.engine.sampling import Chosen, SamplingParams
 from llmkernels.engine.scheduler import Sequence
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings
@@ -23,6 +24,7 @@ class Output:
     logprobs: ln p of each of `tokens`, if params.logprobs.
     top_logprobs: for each of `tokens`, the params.top_logprobs likeliest ids and their ln p, the likeliest first.
     arrived: time.monotonic() when it was asked for.
+    guide: where it stands in params.structure.
     finish_reason: None (unfinished), 'stop' (a stop token or string), 'length' (max_tokens or the context), 'abort'.
     """
 
@@ -35,8 +37,9 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Mapping[int, float]] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
+    guide: Guide | None = field(default=None, repr=False, kw_only=True)
     _sequence: Sequence = field(repr=False, kw_only=True)
-    _detokenizer: Detokenizer | None = field(repr=False, kw_only=True)
+    _detokenizer: Detokenizer | None = field(default=None, repr=False, kw_only=True)
     _stops: StopStrings = field(repr=False, kw_only=True)
 
     @property
@@ -55,12 +58,19 @@ class Output:
             self.logprobs.append(chosen.logprob)
         if chosen.top:
             self.top_logprobs.append(chosen.top)
+        if self.guide:
+            self.guide.accept(chosen.token)
         if not self._detokenizer:
             return False
         piece = "" if self.finish_reason == "stop" else self._detokenizer.push(chosen.token)
         piece, ended = self._stops.push(piece)
         self.text += piece if ended or not self.finish_reason else piece + self._stops.flush()
         return ended
+
+    def _forced(self) -> list[int]:
+        """Tokens that its grammar leaves no choice about; none where the ln p of each is wanted: it takes a step."""
+        asked = self.params.logprobs or self.params.top_logprobs
+        return self.guide.forced() if self.guide and not asked and not self.finish_reason else []
 
 
 @dataclass(frozen=True)

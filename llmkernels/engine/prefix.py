@@ -52,6 +52,12 @@ class PrefixCache:
 
     def match(self, scope: Hashable, tokens: Sequence[int]) -> list[int]:
         """The pages that hold the keys of the longest known prefix of `tokens`; the caller is a user of each now."""
+        pages = self.peek(scope, tokens)
+        self.pool.share(pages)
+        return pages
+
+    def peek(self, scope: Hashable, tokens: Sequence[int]) -> list[int]:
+        """The pages that `match` would give now, without using them."""
         pages: list[int] = []
         node = self._roots.get(scope)
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
@@ -59,7 +65,6 @@ class PrefixCache:
             if node is None:
                 break
             pages.append(node.page)
-        self.pool.share(pages)
         return pages
 
     def add(self, scope: Hashable, before: int | None, tokens: Sequence[int], page: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Row
 import torch
 
 from llmkernels.engine.cache import KVCache
+from llmkernels.engine.grammar import Masks
 from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.sampling import Chosen, choose
 from llmkernels.engine.scheduler import Chunk, Sequence
@@ -21,11 +22,10 @@ class Runner:
 
     def run(self, chunks: Row[Chunk]) -> list[Chosen]:
         """Run these chunks; the next token of each chunk that samples, in order."""
+        answers = [chunk.sequence.payload for chunk in chunks if chunk.samples]
+        masks = Masks.begin([answer.guide for answer in answers], self.model.config.vocab)
         logits = self.logits(chunks)
-        ends = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not ends:
-            return []
-        return choose(logits, [sequence.payload for sequence in ends])
+        return choose(logits, answers, masks) if answers else []
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor:
         """[samples vocab]: the logits after each chunk that samples, in order.  Pages to be copied are copied first.

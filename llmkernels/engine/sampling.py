@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import llmkernels
+from llmkernels.engine.grammar import Guide, Masks
+from llmkernels.engine.structure import Structure
 
 _MASK = 2**64 - 1
 MOST_ANSWERS = 128  # to one prompt
@@ -39,6 +41,7 @@ class SamplingParams:
     logprobs: also return ln p of each generated token, of the model's own distribution: before penalties,
         biases, temperature and cuts.
     top_logprobs: also those of so many likeliest tokens in its place.
+    structure: what the text must be, a JSON Schema for example; it ends where that is complete.
     """
 
     n: int = 1
@@ -57,6 +60,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         _check("n", self.n, int, 1, MOST_ANSWERS)
@@ -86,6 +90,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             _check("stop_token_ids", token, int, 0, 2**31 - 1)
+        if self.structure is not None and not isinstance(self.structure, Structure):
+            raise ValueError(
+                f"structure is {self.structure!r:.80}; give a Structure, as Structure(json_schema={{...}})"
+            )
+        if self.structure is not None and self.ignore_eos:
+            raise ValueError("ignore_eos is given with a structure, which ends the text itself; leave one of them out")
 
 
 def draw_seed() -> int:
@@ -114,6 +124,7 @@ class Answer(Protocol):
     seed: int
     prompt_tokens: list[int]
     tokens: list[int]
+    guide: Guide | None
 
 
 class Chosen(NamedTuple):
@@ -124,17 +135,24 @@ class Chosen(NamedTuple):
     top: Mapping[int, float] = MappingProxyType({})
 
 
-def choose(logits: torch.Tensor, answers: Sequence[Answer]) -> list[Chosen]:
-    """The next token of each answer.  logits: the model's, [answers vocab]."""
+def choose(logits: torch.Tensor, answers: Sequence[Answer], masks: Masks | None = None) -> list[Chosen]:
+    """The next token of each answer.  logits: the model's, [answers vocab]; with masks, they may be overwritten.
+
+    masks: what the answers' grammars allow, begun for these answers.
+    """
     params = [answer.params for answer in answers]
+    rows = [r for r, p in enumerate(params) if p.logprobs or p.top_logprobs]
+    logprobs = logits[rows].float().log_softmax(-1) if rows else None
+    scores = adjusted(logits, answers)
+    if masks:
+        masks.forbid(scores)
     tokens = llmkernels.sample(
-        adjusted(logits, answers),
+        scores,
         _column([uniform(answer.seed, len(answer.tokens)) for answer in answers], logits),
         **_options(params, logits),
     )
     chosen = [Chosen(token) for token in tokens.tolist()]
-    if rows := [r for r, p in enumerate(params) if p.logprobs or p.top_logprobs]:
-        logprobs = logits[rows].float().log_softmax(-1)
+    if logprobs is not None:
         values, ids = logprobs.topk(min(max(params[r].top_logprobs for r in rows), logits.shape[1]))
         own = logprobs.gather(1, tokens[rows, None])[:, 0].tolist()
         for row, value, names, best in zip(rows, own, ids.tolist(), values.tolist(), strict=True):

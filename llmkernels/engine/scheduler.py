@@ -13,6 +13,10 @@ Order: everyone who runs is older than everyone who waits.  Pages go to the olde
 youngest loses all of its own and waits again, at the front (its tokens are kept, its keys are computed anew, unless
 the prefix cache still has them).  The oldest therefore always gets on, and with it, in turn, everybody.
 
+Who waits is admitted in the order of arrival, but for this: of the first LOOKAHEAD, the one with the longest known
+prefix goes first, before its keys are evicted for somebody else's.  Nobody is overtaken more than PATIENCE times, and
+never one that ran before and lost its pages.
+
 Pages are shared by sequences that have the same tokens up to there: a prefix found at admission, a page that two
 sequences computed at the same time, forks of one prompt.  Who is about to write into a shared page gets a copy first.
 """
@@ -20,11 +24,15 @@ sequences computed at the same time, forks of one prompt.  Who is about to write
 from collections import deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Row
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
+
+LOOKAHEAD = 16  # who waits and may be admitted next: each costs a lookup of its prompt
+PATIENCE = 8
 
 
 @dataclass(eq=False, slots=True)
@@ -41,6 +49,7 @@ class Sequence:
     computed: the first so many tokens have their keys and values in pages.
     pages: ids of its pages, in order; token i is in pages[i // page_size].
     cached: how many tokens' keys were there when it first ran.  None: it has not run yet.
+    overtaken: how many that came later were admitted before it.
     finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit), or what `end` was told.
     """
 
@@ -54,6 +63,7 @@ class Sequence:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     cached: int | None = None
+    overtaken: int = 0
     finish_reason: str | None = None
 
 
@@ -113,6 +123,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """What runs next, oldest first; empty when nothing is left to do.  Report back with `advance`."""
         chunks: list[Chunk] = []
+        while len(self.running) > self.max_sequences:  # after forks
+            self._preempt()
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
         while len(chunks) < len(self.running):
             chunk = self._plan(self.running[len(chunks)], 1 + spare)
@@ -122,7 +134,7 @@ class Scheduler:
             else:
                 self._preempt()  # the youngest, who has no chunk yet; at worst this very sequence
         while self.waiting and spare and len(self.running) < self.max_sequences:
-            chunk = self._admit(self.waiting[0], spare)
+            chunk = self._admit(self._next(), spare)
             if not chunk:
                 break
             self.running.append(self.waiting.popleft())
@@ -144,11 +156,32 @@ class Scheduler:
             if token is not None:
                 if sequence.forks:
                     self._fork(sequence)
-                sequence.tokens.append(token)
-                if token in sequence.stop:
-                    self._finish(sequence, "stop")
-                elif len(sequence.tokens) >= sequence.limit:
-                    self._finish(sequence, "length")
+                self.extend(sequence, token)
+
+    def extend(self, sequence: Sequence, token: int) -> None:
+        """The running sequence goes on with this token, sampled or known without that; it may be its last."""
+        sequence.tokens.append(token)
+        if token in sequence.stop:
+            self._finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.limit:
+            self._finish(sequence, "length")
+
+    def fork(self, sequence: Sequence, length: int, token: int) -> Sequence:
+        """A sequence that goes on with `token` behind this one's first `length` tokens, and shares their pages.
+
+        It runs right behind this one; where that does not run, it waits in front.
+        """
+        child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
+        child.pages, child.computed = [], 0
+        if sequence not in self.running:
+            self.waiting.appendleft(child)
+            return child
+        full = length // self.page_size
+        child.computed = length if sequence.computed < (full + 1) * self.page_size else full * self.page_size
+        child.pages = sequence.pages[: -(-child.computed // self.page_size)]  # not the last one, once full and kept
+        self.pool.share(child.pages)
+        self.running.insert(self.running.index(sequence) + 1, child)
+        return child
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
@@ -179,6 +212,21 @@ class Scheduler:
             pages += taken
         count = min(len(sequence.tokens) - start, most)
         return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
+
+    def _next(self) -> Sequence:
+        """Who waits and is to be admitted first, from now on at the front."""
+        first = self.waiting[0]
+        if not self.prefix or len(self.waiting) == 1 or first.cached is not None or first is self._blocked[0]:
+            return first
+        near = list(islice(self.waiting, LOOKAHEAD))
+        patient = next((i for i, sequence in enumerate(near) if sequence.overtaken >= PATIENCE), LOOKAHEAD)
+        known = [len(self.prefix.peek(sequence.scope, sequence.tokens[:-1])) for sequence in near[: patient + 1]]
+        at = known.index(max(known))
+        for sequence in near[:at]:
+            sequence.overtaken += 1
+        del self.waiting[at]
+        self.waiting.appendleft(near[at])
+        return near[at]
 
     def _admit(self, sequence: Sequence, most: int) -> Chunk | None:
         """The first chunk of a sequence that waits, behind the longest known prefix; None where pages are short."""

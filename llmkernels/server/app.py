@@ -115,49 +115,20 @@ async def _respond(
     request: Request, body: Sampling, prompts: Sequence[Prompt], params: SamplingParams, form: Form
 ) -> Response:
     """Run the prompts, params.n answers to each, and answer whole or in a stream."""
-    deltas = _merged(request.app.state.engine, prompts, params, body.cache_salt)
+    news = request.app.state.engine.batches(prompts, params, salt=body.cache_salt)
     if not body.stream:
-        outputs = await _unless_gone(request, _collect(deltas))
+        outputs = await _unless_gone(request, _collect(news))
         return JSONResponse(form.whole(outputs))
-    first = await anext(deltas)  # what is wrong with the request is told as an error, not in a stream
+    first = await anext(news)  # what is wrong with the request is told as an error, not in a stream
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    return StreamingResponse(_events(first, deltas, form, usage), media_type="text/event-stream")
+    return StreamingResponse(_events(first, news, form, usage), media_type="text/event-stream")
 
 
-async def _merged(
-    engine: AsyncLLM, prompts: Sequence[Prompt], params: SamplingParams, salt: str | None
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(number of the choice, delta) of all prompts, as they come; leaving it aborts them all."""
-    arrived: asyncio.Queue[tuple[int, Delta] | BaseException] = asyncio.Queue()
-
-    async def follow(number: int, prompt: Prompt) -> None:
-        try:
-            async with aclosing(engine.stream(prompt, params, salt=salt)) as deltas:
-                async for delta in deltas:
-                    arrived.put_nowait((number * params.n + delta.output.index, delta))
-        except (ValueError, EngineStopped) as failure:
-            arrived.put_nowait(failure)
-
-    tasks = [asyncio.create_task(follow(number, prompt)) for number, prompt in enumerate(prompts)]
-    left = len(prompts) * params.n
-    try:
-        while left:
-            item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            left -= item[1].finish_reason is not None
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _collect(deltas: AsyncGenerator[tuple[int, Delta], None]) -> list[Output]:
+async def _collect(news: AsyncGenerator[list[tuple[int, Delta]], None]) -> list[Output]:
     outputs: dict[int, Output] = {}
-    async with aclosing(deltas):
-        async for number, delta in deltas:
-            outputs[number] = delta.output
+    async with aclosing(news):
+        async for some in news:
+            outputs |= {number: delta.output for number, delta in some}
     return [outputs[number] for number in sorted(outputs)]
 
 
@@ -181,17 +152,19 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 async def _events(
-    first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None], form: Form, usage: bool
+    first: list[tuple[int, Delta]], rest: AsyncGenerator[list[tuple[int, Delta]], None], form: Form, usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events; the usage last, if wanted, and then [DONE]."""
-    outputs = {}
-    async with aclosing(deltas):
-        outputs[first[0]] = first[1].output
-        yield _event(form.chunk(*first))
+    """Server-sent events, those of a step in one piece; the usage last, if wanted, and then [DONE]."""
+    outputs: dict[int, Output] = {}
+    async with aclosing(rest):
+        some = first
         try:
-            async for number, delta in deltas:
-                outputs[number] = delta.output
-                yield _event(form.chunk(number, delta))
+            while True:
+                outputs |= {number: delta.output for number, delta in some}
+                yield "".join([_event(form.chunk(number, delta)) for number, delta in some])
+                some = await anext(rest)
+        except StopAsyncIteration:
+            pass
         except EngineStopped as failure:
             yield _event(error(str(failure), "server_error"))
             return
