@@ -5,9 +5,11 @@ import re
 
 import jsonschema
 import pytest
+import torch
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams, Structure
+from llmkernels.engine.grammar import Masks
 
 PROMPT = "The read() system call"
 PERSON = {
@@ -59,3 +61,18 @@ def test_structured_and_free_rows_share_a_batch(llm):
         mixed = llm.generate([PROMPT] * 6, params)
     alone = answers(llm, temperature=0, max_tokens=60)[0].text, answers(llm, temperature=0, structure=PERSONS)[0].text
     assert [output.text for output in mixed] == [*alone] * 3
+
+
+def test_the_masks_along_a_draft_are_those_that_each_of_its_tokens_leads_to(llm):
+    guide = llm._grammars.guide(llm._grammars.compiled(PERSONS), frozenset())
+    vocab, draft = llm.config.vocab, llm.tokenizer.encode('{"name": "a', add_special_tokens=False).ids
+    assert guide.allowed([*draft, draft[0], 0]) == len(draft) + 1  # "a{" is a name as well; no special token is
+    free = torch.zeros(4 + len(draft), vocab)
+    masked = free.clone()
+    Masks.begin([None, guide], vocab, [[5], [*draft, 0]]).forbid(masked)
+    assert torch.equal(masked[:2], free[:2])
+    for i, token in enumerate(draft):
+        one = torch.zeros(1, vocab)
+        Masks.begin([guide], vocab).forbid(one)
+        assert torch.equal(one[0], masked[2 + i])
+        guide.accept(token)

@@ -10,10 +10,13 @@ pages.py counts their users, prefix.py finds those whose keys are known.  Struct
 asked for), schema.py, grammar.py (what may come next).
 """
 
+from llmkernels.engine.beam import Beam as Beam
+from llmkernels.engine.beam import BeamParams as BeamParams
 from llmkernels.engine.llm import LLM as LLM
 from llmkernels.engine.llm import shipped_model as shipped_model
 from llmkernels.engine.output import Delta as Delta
 from llmkernels.engine.output import Output as Output
 from llmkernels.engine.sampling import SamplingParams as SamplingParams
+from llmkernels.engine.speculative import Speculation as Speculation
 from llmkernels.engine.structure import Structure as Structure
 from llmkernels.engine.weights import CheckpointError as CheckpointError

@@ -12,7 +12,7 @@ next step.
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,18 +26,13 @@ class EngineStopped(RuntimeError):
 
 
 class Listener:
-    """A request's way back to its event loop."""
+    """One or several requests' way back to their event loop: lists of (number of the answer, delta), one a step."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.feed = Feed(())
-        self.outputs: list[Output] = []
-
-    def tell(self, item: Any) -> None:
-        """Called on the engine's thread; nobody hears it once the loop is closed."""
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        self.outputs: dict[Output, int] = {}
 
 
 class AsyncLLM:
@@ -76,19 +71,50 @@ class AsyncLLM:
         Raises:
             ValueError: as LLM.add.  EngineStopped: there is no engine any more.
         """
+        async for news in self.batches([prompt], params, salt=salt):
+            for _, delta in news:
+                yield delta
+
+    async def batches(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, salt: str | None = None
+    ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """What each step brings to params.n answers to each prompt: (number, delta), numbered in the prompts' order.
+
+        Leaving early aborts all of them.  Errors as `stream`.
+        """
         listener = Listener()
-        self._order(lambda: self._admit(listener, prompt, params, salt))
+        self._order(lambda: self._admit(listener, prompts, params, salt))
         try:
-            left = (self.llm.default_params if params is None else params).n
+            left = (self.llm.default_params if params is None else params).n * len(prompts)
             while left:
-                item = await listener.queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                left -= item.finish_reason is not None
-                yield item
+                news = await listener.queue.get()
+                if isinstance(news, BaseException):
+                    raise news
+                left -= sum(delta.finish_reason is not None for _, delta in news)
+                yield news
         finally:
             with suppress(EngineStopped):
                 self._order(lambda: self._dismiss(listener))
+
+    async def ask(self, question: Callable[[LLM], Any]) -> Any:
+        """What `question` says of the LLM between two steps, when nothing moves; EngineStopped where there is none."""
+        loop, answer = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def tell(result: Any, failure: BaseException | None) -> None:
+            if not answer.done():  # or nobody waits any more
+                answer.set_result(result) if failure is None else answer.set_exception(failure)
+
+        def order() -> None:
+            result, failure = None, None
+            try:
+                result = question(self.llm)
+            except (RuntimeError, ValueError) as error:
+                failure = error
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(tell, result, failure)
+
+        self._order(order)
+        return await answer
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None
@@ -129,7 +155,7 @@ class AsyncLLM:
                 stopped = EngineStopped("the engine has stopped")
                 stopped.__cause__ = self._failure
                 self._dismiss(listener)
-                listener.tell(stopped)
+                _tell(listener.loop, [(listener, stopped)])
 
     def _obey(self) -> bool:
         """Carry out what is in the inbox, waiting for it while there is nothing else to do; False: stop."""
@@ -142,12 +168,15 @@ class AsyncLLM:
                 return False
             order()
 
-    def _admit(self, listener: Listener, *request: Any) -> None:
-        prompt, params, salt = request
+    def _admit(self, listener: Listener, prompts: Sequence[Prompt], *wishes: Any) -> None:
+        params, salt = wishes
         try:
-            listener.outputs = self.llm.add(prompt, params, salt=salt)
+            for prompt in prompts:
+                for output in self.llm.add(prompt, params, salt=salt):
+                    listener.outputs[output] = len(listener.outputs)
         except ValueError as error:
-            listener.tell(error)
+            self._dismiss(listener)
+            _tell(listener.loop, [(listener, error)])
             return
         listener.feed = Feed(listener.outputs)
         self._listeners.append(listener)
@@ -159,11 +188,27 @@ class AsyncLLM:
             self._listeners.remove(listener)
 
     def _publish(self) -> None:
-        deltas = []
+        """Tell everybody what the step brought.  To wake an event loop takes longer than to say much: once a step."""
+        deltas: list[Delta] = []
+        letters: dict[asyncio.AbstractEventLoop, list[tuple[Listener, Any]]] = {}
         for listener in [*self._listeners]:
-            for delta in listener.feed.news():
-                listener.tell(delta)
-                deltas.append(delta)
+            news = [(listener.outputs[delta.output], delta) for delta in listener.feed.news()]
+            if news:
+                letters.setdefault(listener.loop, []).append((listener, news))
+                deltas += [delta for _, delta in news]
             if not listener.feed:
                 self._listeners.remove(listener)
+        for loop, its in letters.items():
+            _tell(loop, its)
         self._observe(deltas)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, letters: list[tuple[Listener, Any]]) -> None:
+    """Called on the engine's thread; nobody hears it once the loop is closed."""
+
+    def deliver() -> None:
+        for listener, news in letters:
+            listener.queue.put_nowait(news)
+
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(deliver)

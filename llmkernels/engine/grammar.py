@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import accumulate
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -50,6 +51,23 @@ class Guide:
             self.matcher.rollback(count)
         return count
 
+    def fill(self, bits: torch.Tensor, row: int, draft: Sequence[int]) -> None:
+        """Fill one row of masks with what may come next, and one more after each token of a draft.
+
+        After a token that the grammar does not allow everything is: its own mask forbids it, so nobody gets there.
+        """
+        self.matcher.fill_next_token_bitmask(bits, row)
+        taken = self.allowed(draft)
+        for i, token in enumerate(draft[:taken], row + 1):
+            self.matcher.accept_token(token)
+            if self.matcher.is_terminated():
+                bits[i].fill_(-1)
+            else:
+                self.matcher.fill_next_token_bitmask(bits, i)
+        bits[row + 1 + taken : row + 1 + len(draft)].fill_(-1)
+        if taken:
+            self.matcher.rollback(taken)
+
     def forced(self) -> list[int]:
         """Tokens of the text that must follow, without the last one: what comes after it may be one token with it.
 
@@ -69,14 +87,27 @@ class Masks:
         self._rows, self._bits, self._filled = rows, bits, filled
 
     @classmethod
-    def begin(cls, guides: Sequence[Guide | None], vocab: int) -> "Masks | None":
-        """Start to fill those of one batch, whose rows without a guide are free; None where all are."""
-        rows = [row for row, guide in enumerate(guides) if guide]
-        if not rows:
+    def begin(
+        cls, guides: Sequence[Guide | None], vocab: int, drafts: Sequence[Sequence[int]] | None = None
+    ) -> "Masks | None":
+        """Start to fill those of one batch, whose rows without a guide are free; None where all are.
+
+        drafts: tokens after which the logits are computed as well; each has a row, behind that of its guide.
+        """
+        if not any(guides):
             return None
+        drafts = drafts or [()] * len(guides)
+        firsts = [*accumulate((1 + len(draft) for draft in drafts), initial=0)]
+        bound = [i for i, guide in enumerate(guides) if guide]
+        rows = [row for i in bound for row in range(firsts[i], firsts[i + 1])]
         bits = torch.empty(len(rows), -(-vocab // 32), dtype=torch.int32)
         matchers = [guide.matcher for guide in guides if guide]
-        return cls(rows, bits, _thread().submit(_filler().batch_fill_next_token_bitmask, matchers, bits))
+        if len(rows) == len(matchers):
+            filled = _thread().submit(_filler().batch_fill_next_token_bitmask, matchers, bits)
+        else:
+            work = [(guide, draft) for guide, draft in zip(guides, drafts, strict=True) if guide]
+            filled = _thread().submit(_fill, work, bits)
+        return cls(rows, bits, filled)
 
     def forbid(self, logits: torch.Tensor) -> None:
         """Set what is not allowed to -inf, in place.  logits: [rows vocab]."""
@@ -172,6 +203,13 @@ class Grammars:
         plain = types.BYTE_FALLBACK if "ByteFallback" in steps else types.RAW
         kind = types.BYTE_LEVEL if "ByteLevel" in steps else plain
         return xgrammar.TokenizerInfo(vocab, kind, vocab_size=self._vocab, stop_token_ids=sorted(self._stop))
+
+
+def _fill(work: list[tuple[Guide, Sequence[int]]], bits: torch.Tensor) -> None:
+    row = 0
+    for guide, draft in work:
+        guide.fill(bits, row, draft)
+        row += 1 + len(draft)
 
 
 @cache

@@ -69,9 +69,12 @@ class DecodeGraphs:
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor | None:
         """[samples vocab], as Model.forward gives them; None where the step is no decode, or runs as any other."""
-        if not all(chunk.count == 1 and chunk.samples and not getattr(chunk, "guesses", ()) for chunk in chunks):
+        if not all(chunk.count == 1 and chunk.samples and not chunk.guesses for chunk in chunks):
             return None
         self.plain += 1
+        if any(chunk.sequence.adapter >= 0 for chunk in chunks):
+            self.refused["some of its sequences have an adapter"] += 1
+            return None
         settings = current()
         if settings.checked or settings.recorder:
             self.refused["calls are to be checked or noted"] += 1

@@ -1,4 +1,4 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; / and /status are status.py's."""
 
 import asyncio
 import json
@@ -21,10 +21,11 @@ from llmkernels.server.answers import Form
 from llmkernels.server.chat import ChatTemplate
 from llmkernels.server.guard import Guard, error
 from llmkernels.server.metrics import Metrics
-from llmkernels.server.protocol import ChatRequest, CompletionRequest, Error, Model, ModelList, Sampling
+from llmkernels.server.openapi import ERRORS, ChatCompletion, Completion, describe, streamed, text
+from llmkernels.server.protocol import ChatRequest, CompletionRequest, Model, ModelList, Sampling
+from llmkernels.server.status import add_status
 
 MOST_CHOICES = 128  # prompts times n
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 401, 404, 413, 503)}
 
 
 class Refused(Exception):
@@ -44,7 +45,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     Args:
         name: what clients call the model.
         template: how a chat becomes a prompt; without one, chat is refused.
-        api_key: every route but /health demands it.
+        api_key: every route but / and /health demands it.
     """
     metrics = Metrics(llm)
     started = int(time.time())
@@ -63,7 +64,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
         if model not in (None, name):
             raise Refused(404, f"there is no model {model!r}; this server has {name!r}", "model", "model_not_found")
 
-    @app.post("/v1/completions", responses=ERRORS, response_model=None)
+    @app.post("/v1/completions", responses=streamed(Completion), response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         known(body.model)
         prompts = body.prompts()
@@ -74,15 +75,15 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
         form = Form(name, llm.tokenizer, chat=False)
         return await _respond(request, body, prompts, body.params(body.max_tokens, body.logprobs), form)
 
-    @app.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+    @app.post("/v1/chat/completions", responses=streamed(ChatCompletion), response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         known(body.model)
         if template is None or llm.tokenizer is None:
             raise Refused(400, f"{name!r} has no chat template; use /v1/completions", "messages", "no_chat_template")
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused(400, "top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
-        text = await asyncio.to_thread(template.prompt, [message.plain() for message in body.messages])
-        prompt = llm.tokenizer.encode(text, add_special_tokens=False).ids
+        written = await asyncio.to_thread(template.prompt, [message.plain() for message in body.messages])
+        prompt = llm.tokenizer.encode(written, add_special_tokens=False).ids
         room = max(1, llm.max_length - len(prompt))
         params = body.params(
             body.max_completion_tokens or body.max_tokens or room, (body.top_logprobs or 0) if body.logprobs else None
@@ -98,16 +99,18 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
         known(model)
         return Model(id=name, created=started)
 
-    @app.get("/health", responses={503: {"model": Error}})
+    @app.get("/health", responses={200: text(), 503: ERRORS[503]}, response_class=PlainTextResponse)
     async def health(request: Request) -> PlainTextResponse:
         if not request.app.state.engine.alive:
             raise Refused(503, "the engine has stopped; restart the server")
         return PlainTextResponse("ok\n")
 
-    @app.get("/metrics", responses=ERRORS)
+    @app.get("/metrics", responses=ERRORS | {200: text()}, response_class=PlainTextResponse)
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    add_status(app, name, metrics, ERRORS)
+    describe(app, locked=api_key is not None)
     return app
 
 
@@ -115,49 +118,20 @@ async def _respond(
     request: Request, body: Sampling, prompts: Sequence[Prompt], params: SamplingParams, form: Form
 ) -> Response:
     """Run the prompts, params.n answers to each, and answer whole or in a stream."""
-    deltas = _merged(request.app.state.engine, prompts, params, body.cache_salt)
+    news = request.app.state.engine.batches(prompts, params, salt=body.cache_salt)
     if not body.stream:
-        outputs = await _unless_gone(request, _collect(deltas))
+        outputs = await _unless_gone(request, _collect(news))
         return JSONResponse(form.whole(outputs))
-    first = await anext(deltas)  # what is wrong with the request is told as an error, not in a stream
+    first = await anext(news)  # what is wrong with the request is told as an error, not in a stream
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    return StreamingResponse(_events(first, deltas, form, usage), media_type="text/event-stream")
+    return StreamingResponse(_events(first, news, form, usage), media_type="text/event-stream")
 
 
-async def _merged(
-    engine: AsyncLLM, prompts: Sequence[Prompt], params: SamplingParams, salt: str | None
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(number of the choice, delta) of all prompts, as they come; leaving it aborts them all."""
-    arrived: asyncio.Queue[tuple[int, Delta] | BaseException] = asyncio.Queue()
-
-    async def follow(number: int, prompt: Prompt) -> None:
-        try:
-            async with aclosing(engine.stream(prompt, params, salt=salt)) as deltas:
-                async for delta in deltas:
-                    arrived.put_nowait((number * params.n + delta.output.index, delta))
-        except (ValueError, EngineStopped) as failure:
-            arrived.put_nowait(failure)
-
-    tasks = [asyncio.create_task(follow(number, prompt)) for number, prompt in enumerate(prompts)]
-    left = len(prompts) * params.n
-    try:
-        while left:
-            item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            left -= item[1].finish_reason is not None
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _collect(deltas: AsyncGenerator[tuple[int, Delta], None]) -> list[Output]:
+async def _collect(news: AsyncGenerator[list[tuple[int, Delta]], None]) -> list[Output]:
     outputs: dict[int, Output] = {}
-    async with aclosing(deltas):
-        async for number, delta in deltas:
-            outputs[number] = delta.output
+    async with aclosing(news):
+        async for some in news:
+            outputs |= {number: delta.output for number, delta in some}
     return [outputs[number] for number in sorted(outputs)]
 
 
@@ -181,17 +155,19 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 async def _events(
-    first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None], form: Form, usage: bool
+    first: list[tuple[int, Delta]], rest: AsyncGenerator[list[tuple[int, Delta]], None], form: Form, usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events; the usage last, if wanted, and then [DONE]."""
-    outputs = {}
-    async with aclosing(deltas):
-        outputs[first[0]] = first[1].output
-        yield _event(form.chunk(*first))
+    """Server-sent events, those of a step in one piece; the usage last, if wanted, and then [DONE]."""
+    outputs: dict[int, Output] = {}
+    async with aclosing(rest):
+        some = first
         try:
-            async for number, delta in deltas:
-                outputs[number] = delta.output
-                yield _event(form.chunk(number, delta))
+            while True:
+                outputs |= {number: delta.output for number, delta in some}
+                yield "".join([_event(form.chunk(number, delta)) for number, delta in some])
+                some = await anext(rest)
+        except StopAsyncIteration:
+            pass
         except EngineStopped as failure:
             yield _event(error(str(failure), "server_error"))
             return
