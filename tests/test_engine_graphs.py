@@ -108,11 +108,11 @@ def test_steps_are_forgotten_with_the_choices_they_rest_on(llm):
     texts(llm)
 
 
-def test_prefill_and_mixed_steps_are_no_decode(llm):
-    chunk = SimpleNamespace(count=1, samples=True)
-    graphs = llm._runner.graphs
-    for other in (SimpleNamespace(count=2, samples=True), SimpleNamespace(count=1, samples=False)):
-        assert graphs.logits([chunk, other]) is None
+def test_prefill_guesses_and_mixed_steps_are_no_decode(llm):
+    plain = {"count": 1, "samples": True, "guesses": ()}
+    for change in ({"count": 2}, {"samples": False}, {"guesses": (5,)}):
+        chunks = [SimpleNamespace(**plain), SimpleNamespace(**plain | change)]
+        assert llm._runner.graphs.logits(chunks) is None
 
 
 def test_few_sizes_occur():
