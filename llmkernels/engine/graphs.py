@@ -69,9 +69,12 @@ class DecodeGraphs:
 
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor | None:
         """[samples vocab], as Model.forward gives them; None where the step is no decode, or runs as any other."""
-        if not all(chunk.count == 1 and chunk.samples and not getattr(chunk, "guesses", ()) for chunk in chunks):
+        if not all(chunk.count == 1 and chunk.samples and not chunk.guesses for chunk in chunks):
             return None
         self.plain += 1
+        if any(chunk.sequence.adapter >= 0 for chunk in chunks):
+            self.refused["some of its sequences have an adapter"] += 1
+            return None
         settings = current()
         if settings.checked or settings.recorder:
             self.refused["calls are to be checked or noted"] += 1
@@ -183,7 +186,7 @@ class Inputs:
 
 def rounded(count: int) -> int:
     """The number of rows of a step for so many sequences: at most an eighth more, so that few sizes occur."""
-    step = 1 << max(0, (count - 1).bit_length() - 3)
+    step = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // step) * step
 
 
