@@ -1,6 +1,5 @@
 """What an adapter for somebody's tensors has to pass: the same answers as the reference, written arguments included."""
 
-
 from llmkernels.comparison import compare
 from llmkernels.inputs import inputs
 from llmkernels.registry import OPS
