@@ -1,3 +1,3 @@
 """Every folder here is a backend.  The first in ORDER that takes a call answers it."""
 
-ORDER = ("cpu", "triton", "vendor")
+ORDER = ("cpu", "triton", "vendor", "xla")

@@ -11,11 +11,12 @@ Arguments and results are those of the public functions, with these differences:
 - A QuantizedWeight of jax arrays is a pytree, and may be an argument of a jitted function.
 - Options are Python values.  Under jax.jit they are static: close over them, or name them in static_argnames.
 
-A backend that takes jax arrays is traced into the program.  Where none does, the reference answers on the host,
-through jax.pure_callback; policy, `backend=` and `use` say the same as everywhere, when the call is traced.  The ledger
-counts what is traced once, and what the host answers every time; only the latter is recorded.  Values (slots, lengths,
-page ids) are checked where they can be read: outside jax.jit, and on the host.  There are no gradients (ValueError) and
-no jax.vmap: ops take whole batches.
+A backend that takes jax arrays, as `xla` does, is traced into the program, and jax.jit, shard_map, donation and
+jax.export see nothing else.  Where none does, the reference answers on the host, through jax.pure_callback.  Policy,
+`backend=` and `use` say the same as everywhere, when the call is traced.  The ledger counts what is traced once, and
+what the host answers every time; only the latter is recorded.  Values (slots, lengths, page ids) are checked where they
+can be read: outside jax.jit, and on the host.  There are no gradients (ValueError) and no jax.vmap: ops take whole
+batches.
 """
 
 import inspect

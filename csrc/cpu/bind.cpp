@@ -33,6 +33,9 @@ void raise(const char* name, Status status) {
       throw py::error_already_set();
     case kBadDType:
       throw std::runtime_error(std::string(name) + ": the kernel was given a dtype it does not know");
+    case kBadValue:
+      throw py::value_error(std::string(name) +
+                            ": a row holds NaN or +inf, or no finite number; use(checked=True) tells which one");
     case kBadIndex:
       throw py::index_error(std::string(name) + ": an index points outside its array; see it with use(checked=True)");
   }

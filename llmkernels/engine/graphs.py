@@ -134,9 +134,9 @@ class Inputs:
     def __init__(self, table: BlockTable, count: int, page_size: int, model: Model):
         self.page_size = page_size
         place = model.device
-        staged = {"pin_memory": True} if place.type == "cuda" else {}
-        self._long = torch.zeros(3, count, dtype=torch.int64, **staged)  # tokens, positions, slots
-        self._lengths = torch.zeros(count, dtype=torch.int32, **staged)
+        pin = place.type == "cuda"
+        self._long = torch.zeros(3, count, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
+        self._lengths = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
         self._staged = [self._long, self._lengths, table.array]
         self._long[2] = -1
         # the same memory on a CPU
@@ -185,7 +185,7 @@ class Inputs:
 
 def rounded(count: int) -> int:
     """The number of rows of a step for so many sequences: at most an eighth more, so that few sizes occur."""
-    step = 1 << max(0, (count - 1).bit_length() - 3)
+    step = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // step) * step
 
 

@@ -26,6 +26,7 @@ from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.speculative import Speculation
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, load
@@ -303,6 +304,10 @@ class LLM:
         """RuntimeError unless every page is free, kept for its keys, or used by the sequences that it counts."""
         if found := list(problems(self._scheduler)):
             raise RuntimeError(f"the cache's pages do not add up: {'; '.join(found)}")
+
+    def snapshot(self) -> dict[str, Any]:
+        """Requests, pages and prefixes as they are now, for a picture; see engine/snapshot.py."""
+        return snapshot(self._scheduler)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""

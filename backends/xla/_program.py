@@ -1,0 +1,80 @@
+"""An op as one compiled program over jax arrays: the Pallas kernel or plain XLA."""
+
+from functools import cache, partial
+from importlib import import_module, util
+
+import jax
+from jax import lax
+
+from . import emulated
+from ._weight import Weight
+
+PALLAS, PLAIN, EITHER = "Pallas", "plain XLA", "Pallas on a TPU, plain XLA elsewhere"
+
+
+@cache
+def kernel(op):
+    """The module tpu/<op>.py; None where there is none."""
+    name = f"{__package__}.tpu.{op}"
+    return import_module(name) if util.find_spec(name) else None
+
+
+def refusals(op, *arrays, **options):
+    """Why this backend does not take a call: under an emulation, what the Pallas kernel says; else there is no why."""
+    if not emulated():
+        return []
+    if kernel(op) is None:
+        return [("NOT_BUILT", f"there is no Pallas kernel of {op}", "leave --emulated out: plain XLA answers")]
+    return [*kernel(op).takes(*map(_described, arrays), **{name: _described(x) for name, x in options.items()})]
+
+
+def chosen(op, *arrays, **options):
+    """Which program answers a call that is taken: PALLAS, PLAIN, or EITHER where a trace decides it later."""
+    if emulated():
+        return PALLAS
+    given = [x for x in jax.tree.leaves([arrays, options]) if isinstance(x, jax.Array)]
+    traced = any(isinstance(x, jax.core.Tracer) for x in given)
+    if not given or kernel(op) is None or not (traced or _on_tpu(given[0])) or [*kernel(op).takes(*arrays, **options)]:
+        return PLAIN
+    return EITHER if traced else PALLAS
+
+
+class Program:
+    """plain(*arrays, **options), compiled, and the Pallas kernel of the same name in its place where that applies.
+
+    Arrays are jax arrays, Weights or None; options are Python values, and each combination of them is a program.
+    """
+
+    def __init__(self, plain, written=()):
+        self.op, self.plain = plain.__module__.rpartition(".")[2], plain
+        self.compiled = jax.jit(self._answer, static_argnames=("options", "which"))
+
+    def __call__(self, *arrays, **options):
+        which = chosen(self.op, *arrays, **options)
+        named = {name: x for name, x in options.items() if isinstance(x, jax.Array | Weight)}
+        fixed = tuple((n, tuple(x) if isinstance(x, list) else x) for n, x in options.items() if n not in named)
+        return self.compiled(arrays, named, options=fixed, which=which)
+
+    def _answer(self, arrays, named, *, options, which):
+        plain = partial(_call, self.plain, dict(options))
+        pallas = partial(_call, getattr(kernel(self.op), "run", None), dict(options))
+        if which == EITHER:
+            return lax.platform_dependent(arrays, named, tpu=pallas, default=plain)
+        return (pallas if which == PALLAS else plain)(arrays, named)
+
+
+def _call(function, options, arrays, named):
+    return function(*arrays, **named, **options)
+
+
+def _on_tpu(array):
+    return next(iter(array.devices())).platform == "tpu"
+
+
+def _described(value):
+    """Shapes and dtypes of what torch and jax pass, in jax's words; options as they are."""
+    if hasattr(value, "scheme"):
+        return Weight.of(value).map(_described)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return jax.ShapeDtypeStruct(tuple(value.shape), str(value.dtype).rpartition(".")[2])
+    return value

@@ -1,0 +1,5 @@
+"""Pallas kernels for TPUs, one file an op: the path is the registration.
+
+takes(*arrays, **options)   yields (code, reason, fix) for what the kernel does not take; shapes and dtypes only
+run(*arrays, **options)     the op over jax arrays; interpreted where emulated() is true
+"""

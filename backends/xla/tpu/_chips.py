@@ -1,0 +1,91 @@
+"""The TPU generations that kernels are compiled for, and the numbers of them that sizes of blocks depend on.
+
+VMEM: what the compiler lets a kernel take (libtpu says so when it is exceeded).  Matrix unit, bandwidth and rates: the
+pages of Google's documentation "TPU v4", "v5e", "v5p", "v6e" and "TPU7x", and its JAX scaling book.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import emulated
+
+MIB = 1 << 20
+INTERPRETED = 1 << 30  # bytes
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TensorCore.
+
+    Args:
+        kind: how its device_kind begins.
+        topology: what libtpu calls one chip of it.
+        matrix: rows and columns of the matrix unit.
+        vmem: bytes.
+        bandwidth: bytes/s of HBM.
+        rate: bfloat16 operations/s.
+        fp8, int8: whether the matrix unit multiplies them.
+        pages: of a block of attention at most: each is a copy that the program spells out.
+    """
+
+    name: str
+    kind: str
+    topology: str
+    matrix: int
+    vmem: int
+    bandwidth: float
+    rate: float
+    fp8: bool = False
+    int8: bool = True
+    pages: int = 16
+
+    @property
+    def vmem_limit(self):
+        """What a kernel may ask for: a part stays with XLA, for operands that it keeps there."""
+        return self.vmem * 3 // 4
+
+    @property
+    def tile_rows(self):
+        """Rows of queries that one pass over the keys serves."""
+        return 2 * self.matrix
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "TPU v4", "v4:1x1x1", 128, 16 * MIB, 1.2e12, 275e12, int8=False),
+        Chip("v5e", "TPU v5 lite", "v5e:1x1", 128, 128 * MIB, 0.82e12, 197e12),
+        Chip("v5p", "TPU v5p", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
+        Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12),
+        Chip("v7x", "TPU7x", "tpu7x:1x1x1", 256, 64 * MIB, 3.7e12, 1150e12, fp8=True),
+    )
+}
+
+
+# Blocks of two pages, so that short sequences have several: what a test must see is how one follows the other.
+INTERPRETER = Chip("the interpreter", "", "", 128, 16 * MIB, 0.0, 0.0, pages=2)
+
+
+def current():
+    """The chip that a program is compiled for; where none is known, v4, whose sizes fit every other."""
+    if emulated():
+        return INTERPRETER
+    device = jax.config.jax_default_device
+    if device is None and jax.default_backend() == "tpu":
+        device = jax.devices()[0]
+    kind = getattr(device, "device_kind", "")
+    return next((chip for chip in CHIPS.values() if kind.startswith(chip.kind)), CHIPS["v4"])
+
+
+def interpreter():
+    """How an emulation runs a kernel: copies happen at the wait for them, and what nobody wrote is NaN."""
+    return pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
+
+
+def too_large(*arrays):
+    """The refusal of arrays that the interpreter, which copies them, has no room for."""
+    if (held := sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)) > INTERPRETED:
+        yield "SHAPE", f"arrays of {held} bytes; the interpreter takes at most {INTERPRETED}", "run it on a TPU"

@@ -1,0 +1,277 @@
+"""act(row_scale * (x @ dequantize(weight)T) + bias) in one Pallas kernel, for dense and every quantized weight.
+
+    x [M K] bf16, f32, int8 or e4m3        w [N K], as QuantizedWeight stores it: no second copy of the weight
+        +------+------+                        +------+------+
+    BM  |      |      | ->  k                  |      |      | BN        grid (M / BM, N / BN, K / BK), k innermost
+        +------+------+                        +------+------+
+           BK                                     BK
+
+Within a block, 128 columns at a time meet in the matrix unit, and their float32 sum is multiplied by the scales of their
+group: [groups N] lies so that a group is one row over the lanes.  So weights stay exact in bfloat16, whatever the scale.
+A group of 32 or 64 columns is 128 columns of which x keeps those of the group: its rows are stacked, one copy a group.
+
+int4: a byte holds two neighbouring columns, so 128 bytes are two chunks of 128 columns.  Nibbles are parted in 32-bit
+words that hold 8 of them, then halves of the lanes change places, and a chunk reads [64 even columns | 64 odd ones];
+XLA puts the columns of x into the same order.  Zero points: s * (q - z) x = s * (q - c) x - s * (z - c) * sum of x.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ._numbers import LANES, cleared, converted, multiply, tile_rows
+from ._tiles import lanes, power
+
+CHUNK = LANES  # columns that meet in the matrix unit at once
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of one grid step, and the bytes of VMEM that the cost model expects."""
+
+    m: int
+    n: int
+    k: int
+    vmem: int
+    vmem_limit: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the kernel must know of a call.
+
+    Args:
+        weight: 'dense', 'int4', 'int8', 'fp8' or 'mxfp4'.
+        dot: what is multiplied.
+        group: columns that share a scale; 0: all columns of a row.
+        parts: 2 of a gated weight, the gate and what it gates.
+        columns: of the dense weight.
+    """
+
+    weight: str
+    dot: jnp.dtype
+    group: int
+    activation: str
+    parts: int
+    columns: int
+
+
+def product(
+    x, values, scales, zeros=None, *, kind: Kind, blocks: Blocks, x_scales=None, row_scale=None, bias=None, out_dtype,
+    interpret=False,
+):  # fmt: skip
+    """y [M N] in out_dtype; of a gated weight [M N / 2].
+
+    Args:
+        x: [M K], columns in the order of the stored weight, in kind.dot or int8 or e4m3.
+        values: [N K] or, packed, [N K / 2]; float16 as uint16.
+        scales: float32 [N groups]; [N 1] where a scale serves a row; None for a dense weight.
+        zeros: float32 [N groups], the zero point less what the kernel takes from each value itself (8 of int4).
+        x_scales: float32 [M groups], of x rounded in groups.
+        row_scale: float32 [M], what a row of the sum is multiplied by: 1 / rms, or the scale of a rounded row.
+    """
+    rows, features = x.shape[0], values.shape[0] // kind.parts
+    m, n, k = blocks.m, blocks.n, blocks.k
+    padded_rows, steps = -(-rows // m) * m, -(-kind.columns // k)
+    packed = kind.weight in ("int4", "mxfp4")
+    x = jnp.pad(x, ((0, padded_rows - rows), (0, steps * k - x.shape[1])))
+    if packed:
+        x = x.reshape(padded_rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(x.shape)
+    operands = [x, values.reshape(kind.parts, features, -1)]
+    specs = [
+        pl.BlockSpec((m, k), lambda i, j, s: (i, s)),
+        pl.BlockSpec((kind.parts, n, k // 2 if packed else k), lambda i, j, s: (0, j, s)),
+    ]
+    per_step = k // kind.group if kind.group else 1
+    for each in (scales, zeros):
+        if each is not None:  # [steps groups parts features]: a group is a row over the lanes
+            each = jnp.pad(each.T, ((0, (per_step * steps if kind.group else 1) - each.shape[1]), (0, 0)))
+            operands.append(each.reshape(-1, per_step, kind.parts, features))
+            specs.append(pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j)))
+    if x_scales is not None:
+        groups = lanes(x_scales.shape[1])
+        operands.append(jnp.pad(x_scales, ((0, padded_rows - rows), (0, groups - x_scales.shape[1]))))
+        specs.append(pl.BlockSpec((m, groups), lambda i, j, s: (i, 0)))
+    if row_scale is not None:
+        operands.append(jnp.pad(row_scale.reshape(rows, 1), ((0, padded_rows - rows), (0, 0))))
+        specs.append(pl.BlockSpec((m, 1), lambda i, j, s: (i, 0)))
+    if bias is not None:
+        operands.append(bias.astype(jnp.float32).reshape(kind.parts, features))
+        specs.append(pl.BlockSpec((kind.parts, n), lambda i, j, s: (0, j)))
+    there = [given is not None for given in (scales, zeros, x_scales, row_scale, bias)]
+    y = pl.pallas_call(
+        functools.partial(_kernel, kind, there, -(-kind.columns // 2) if packed else kind.columns),
+        grid=(padded_rows // m, -(-features // n), steps),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((padded_rows, features), out_dtype),
+        scratch_shapes=[pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
+        ),
+        name=f"product_{kind.weight}",
+        interpret=interpret,
+    )(*operands)
+    return y[:rows]
+
+
+def _sum_dtype(kind):
+    return jnp.int32 if kind.dot == jnp.int8 and not kind.group else jnp.float32
+
+
+def _kernel(kind, there, stored, x, w, *refs):
+    """One block.  x [BM BK], w [parts BN BK], scales and zeros [1 groups parts BN], x_scales [BM groups] ..."""
+    refs = list(refs)
+    scales, zeros, x_scales, row_scale, bias = (refs.pop(0) if given else None for given in there)
+    y, acc = refs
+    step, steps = pl.program_id(2), pl.num_programs(2)
+
+    @pl.when(step == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    for part in range(kind.parts):
+        for at, chunk in _chunks(kind, w.at[part], step, stored):
+            _add(kind, part, at, x[:, at : at + chunk.shape[1]], chunk, scales, zeros, x_scales, acc, step)
+
+    @pl.when(step == steps - 1)
+    def _():
+        z = []
+        for part in range(kind.parts):
+            value = acc[part].astype(jnp.float32)
+            if scales is not None and not kind.group:
+                value *= scales[0, 0, part][None, :]
+            if row_scale is not None:
+                value *= row_scale[...]
+            z.append(value if bias is None else value + bias[part][None, :])
+        y[...] = activated(z, kind.activation).astype(y.dtype)
+
+
+def _chunks(kind, w, step, stored):
+    """(first column, [BN columns] as multiplied) of each run of columns that meets in the matrix unit."""
+    width = w.shape[1]
+    if kind.weight not in ("int4", "mxfp4"):
+        run = CHUNK if kind.group else width
+        for at in range(0, width, run):
+            yield at, _inside(converted(w[:, at : at + run], kind.dot), at, step, width, stored)
+        return
+    for at in range(0, width, LANES):
+        words = pltpu.bitcast(w[:, at : at + LANES], jnp.int32)  # four rows of bytes in each
+        low, high = words & 0x0F0F0F0F, lax.shift_right_logical(words, 4) & 0x0F0F0F0F
+        left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
+        pair = (
+            jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
+            jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
+        )
+        for half, nibbles in enumerate(pair):
+            if kind.weight == "int4":  # less 8 in every byte; the bit above keeps it from borrowing
+                nibbles = ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)
+            chunk = pltpu.bitcast(nibbles, jnp.int8)
+            yield 2 * at + half * CHUNK, converted(chunk, kind.dot) if kind.weight == "int4" else _e2m1(chunk, kind.dot)
+
+
+def _bytes(byte):
+    """The byte in each quarter of an int32."""
+    return jnp.int32(int.from_bytes(bytes([byte] * 4), "little", signed=True))
+
+
+def _e2m1(codes, dtype):
+    """Twice the number of each code, which is whole: 0 1 2 3 4 6 8 12 rises in straight lines, so it is a maximum."""
+    code = codes.astype(jnp.float32)
+    size = jnp.where(code >= 8, code - 8, code)
+    twice = jnp.maximum(size, jnp.maximum(2 * size - 4, 4 * size - 16))
+    return jnp.where(code >= 8, -twice, twice).astype(dtype)
+
+
+def _inside(chunk, at, step, width, stored):
+    """`chunk` with zeros in columns past the last; integers there are finite, and x is zero."""
+    if stored % width == 0 or jnp.issubdtype(chunk.dtype, jnp.integer):
+        return chunk
+    column = step * width + at + lax.broadcasted_iota(jnp.int32, chunk.shape, 1)
+    return cleared(chunk, column < stored)
+
+
+def _add(kind, part, at, x, chunk, scales, zeros, x_scales, acc, step):
+    """Columns at .. at + 128 of one part (all of a block, where a scale serves a row) into the sum."""
+    if not kind.group:
+        total = multiply(x, chunk, transposed=True)
+        acc[part] += total if zeros is None else total - _row_sums(x) * zeros[0, 0, part][None, :]
+        return
+    within = max(1, CHUNK // kind.group)  # groups of a chunk
+    total = None
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    if within > 1 and kind.weight in ("int4", "mxfp4"):  # even columns on the left, odd ones on the right
+        lane = (lane % (CHUNK // 2)) * 2
+    masked = [x] if within == 1 else [cleared(x, lane // kind.group == i) for i in range(within)]
+    sums = multiply(jnp.concatenate(masked, 0), chunk, transposed=True).astype(jnp.float32)
+    for i, own in enumerate(masked):
+        group = at // kind.group + i
+        scale = scales[0, group, part][None, :]
+        one = sums[i * x.shape[0] : (i + 1) * x.shape[0]]
+        if zeros is not None:
+            one -= _row_sums(own) * zeros[0, group, part][None, :]
+        one *= scale
+        if x_scales is not None:
+            one *= _column(x_scales, step * scales.shape[1] + group)
+        total = one if total is None else total + one
+    acc[part] += total
+
+
+def _row_sums(x):
+    return jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
+
+
+def _column(x_scales, index):
+    """[BM 1]: the scales of one group of columns, by a sum over lanes, since the group is not known before."""
+    lane = lax.broadcasted_iota(jnp.int32, x_scales.shape, 1)
+    return jnp.sum(jnp.where(lane == index, x_scales[...], 0.0), axis=1, keepdims=True)
+
+
+def activated(z, activation):
+    """act(z[0]), times z[1] of a gated one; float32."""
+    value = ACTIVATIONS[activation](z[0])
+    return value * z[1] if len(z) > 1 else value
+
+
+def _gelu(z):
+    return 0.5 * z * (1.0 + lax.erf(z * 0.5**0.5))
+
+
+def _gelu_tanh(z):
+    return 0.5 * z * (1.0 + jnp.tanh((2 / jnp.pi) ** 0.5 * (z + 0.044715 * z * z * z)))
+
+
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "silu": lambda z: z / (1.0 + jnp.exp(-z)),
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": lambda z: jnp.where(z < 0, 0.0, z),
+    "swiglu": lambda z: z / (1.0 + jnp.exp(-z)),
+    "geglu": _gelu,
+}
+
+
+def choose(chip, *, rows, features, columns, kind, packed):
+    """Sizes of a step.  Few rows: the weight is read once and copies bound the time, so its blocks are large and few.
+    Many rows: as many as fit, since the weight is read, and unpacked, once for each BM of them."""
+    size = jnp.dtype(kind.dot).itemsize
+    unit = tile_rows(kind.dot)
+    m = min(-(-rows // unit) * unit, 512 if size < 4 else 256)
+    least = 2 * CHUNK if packed else CHUNK
+    n = min(power(max(features, LANES)), 512 // kind.parts)
+    stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
+    k = min(power(max(columns, least)), 2048)
+
+    def vmem(k):
+        weights = 2 * kind.parts * n * k * stored + kind.parts * n * (CHUNK if kind.group else k) * size
+        return int(weights + 2 * m * k * size + m * n * (4 * kind.parts + 2 * size))
+
+    while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
+        k //= 2
+    return Blocks(m, n, k, vmem(k), chip.vmem_limit)
