@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from llmkernels import status
+from llmkernels import roofline, status
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import arrays
@@ -66,7 +66,12 @@ def main() -> None:
         rows.append(measure(sequences, prompt))
         print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     if options.json:
-        content = {"device": status.device("cpu"), "unit": "microseconds a step, median", "rows": rows}
+        content = {
+            "device": roofline.device_name(),
+            "versions": status.versions(),
+            "unit": "microseconds a step, median",
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

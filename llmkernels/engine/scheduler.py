@@ -57,6 +57,7 @@ class Sequence:
     settled: so many of them were tokens before their step ran, not guesses that came true in it; a draft model has the
         keys of these too, so their pages may be found by others.
     pages: ids of its pages, in order; token i is in pages[i // page_size].
+    decoding: its chunk of one token, used in step after step: a thousand new ones take longer than the rest of a step.
     row, written: its place in the block table, and how many of its pages stand there as they are; see BlockTable.
     cached: how many tokens' keys were there when it first ran.  None: it has not run yet.
     overtaken: how many that came later were admitted before it.
@@ -76,6 +77,7 @@ class Sequence:
     computed: int = 0
     settled: int = 0
     pages: list[int] = field(default_factory=list)
+    decoding: "Chunk | None" = None
     row: int = -1
     written: int = 0
     cached: int | None = None
@@ -157,7 +159,11 @@ class Scheduler:
             sequence = self.running[len(chunks)]
             start, page = sequence.computed, sequence.computed // size
             if start + 1 == len(sequence.tokens) and page < len(sequence.pages) and users(sequence.pages[page]) == 1:
-                chunks.append(Chunk(sequence, start, 1, True))  # nothing but a token more, as nearly always
+                chunk = sequence.decoding  # nothing but a token more, as nearly always
+                if chunk is None or chunk.room:
+                    chunk = sequence.decoding = Chunk(sequence, start, 1, True)
+                chunk.start = start
+                chunks.append(chunk)
                 continue
             chunk = self._plan(sequence, 1 + spare)
             if chunk:
@@ -191,7 +197,7 @@ class Scheduler:
                 continue
             before, settled = sequence.settled, chunk.start + chunk.count
             sequence.settled, sequence.computed = settled, settled + len(chunk.accepted)
-            if prefix and settled // size > before // size:
+            if prefix and settled % size < settled - before:  # a page is full
                 self._keep(prefix, sequence, before)
             if token is None:
                 continue
@@ -199,9 +205,13 @@ class Scheduler:
                 self._fork(sequence)
             if chunk.room:
                 gained.append(self._append(sequence, [*chunk.accepted, token]))
-            else:
-                self.extend(sequence, token)
-                gained.append(1)
+                continue
+            sequence.tokens.append(token)
+            gained.append(1)
+            if token in sequence.stop:
+                self._finish(sequence, "stop")
+            elif len(sequence.tokens) >= sequence.limit:
+                self._finish(sequence, "length")
         return gained
 
     def extend(self, sequence: Sequence, token: int) -> None:
@@ -219,6 +229,7 @@ class Scheduler:
         """
         child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
         child.pages, child.computed, child.settled, child.memory, child.row = [], 0, 0, None, -1
+        child.decoding = None
         if sequence not in self.running:
             self.waiting.appendleft(child)
             return child
@@ -357,7 +368,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         """End it.  Forks that still wait for its prompt go on: the first takes its place, and its pages."""
-        sequence.finish_reason = reason
+        sequence.finish_reason, sequence.decoding = reason, None
         queue = self.running if sequence in self.running else self.waiting
         if not sequence.forks:
             queue.remove(sequence)
