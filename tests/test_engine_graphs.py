@@ -124,19 +124,19 @@ def test_few_sizes_occur():
 def test_the_native_module_keeps_calls_of_its_thread_only_while_open():
     from llmkernels.backends import cpu
 
-    x = torch.randn(3, 64)
-    llmkernels.rms_norm(x, torch.ones(64), backend="cpu")  # checks the kernel the first time
+    x, gain = torch.randn(3, 64), torch.ones(64)
+    llmkernels.rms_norm(x, gain, backend="cpu")  # checks the kernel the first time
     with cpu.recording() as recording:
-        first = llmkernels.rms_norm(x, torch.ones(64), backend="cpu")
+        first = llmkernels.rms_norm(x, gain, backend="cpu")
         with pytest.raises(RuntimeError, match="open on this thread already"), cpu.recording():
             pass
-    llmkernels.rms_norm(x, torch.ones(64), backend="cpu")
+    llmkernels.rms_norm(x, gain, backend="cpu")
     assert len(recording) == 1
     before = first.clone()
     x.mul_(2).add_(1)
     recording.replay()
     assert not torch.equal(first, before)
-    assert torch.equal(first, llmkernels.rms_norm(x, torch.ones(64), backend="cpu"))
+    assert torch.equal(first, llmkernels.rms_norm(x, gain, backend="cpu"))
 
 
 def test_a_wrong_index_in_a_replay_raises(llm):
