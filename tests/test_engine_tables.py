@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llmkernels
-from llmkernels.engine import LLM, SamplingParams
+from llmkernels.engine import LLM, BeamParams, SamplingParams
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import arrays
@@ -106,3 +106,16 @@ def test_texts_when_rows_and_chunks_are_in_another_order(graphs):
         together = [output.tokens for output in llm.generate(prompts, wishes)]
         alone = [llm.generate(*request)[0].tokens for request in zip(prompts, wishes, strict=True)]
     assert together == alone
+
+
+def test_beams_beside_as_many_others_as_may_run():
+    with llmkernels.use(policy="silent"):
+        busy, idle = (LLM(dtype="float32", max_sequences=3, max_length=64) for _ in range(2))
+        for _ in range(2):
+            busy.add([5, 6, 7], SamplingParams(max_tokens=20, ignore_eos=True))
+        busy.step()
+        beams, alone = (llm.beam_search([8, 9], BeamParams(width=3, max_tokens=6)) for llm in (busy, idle))
+        while busy.step():
+            pass
+    assert [beam.tokens for beam in beams] == [beam.tokens for beam in alone]
+    busy.check()

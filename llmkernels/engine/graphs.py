@@ -63,7 +63,7 @@ class DecodeGraphs:
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
         pages = table_width(-(-max_length // cache.page_size))
-        count, pinned = rounded(max_sequences), model.device.type == "cuda"
+        count, pinned = rounded(2 * max_sequences), model.device.type == "cuda"  # beams come on top, as many at most
         self.table = BlockTable(count, pages, static=True, pinned=pinned)
         self._inputs = Inputs(self.table, count, cache.page_size, model)
         self._steps: dict[Hashable, Step] = {}
