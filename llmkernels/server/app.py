@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +18,7 @@ from llmkernels.engine.async_llm import AsyncLLM, EngineStopped
 from llmkernels.engine.llm import LLM, Prompt
 from llmkernels.engine.output import Delta, Output
 from llmkernels.engine.sampling import SamplingParams
+from llmkernels.server.adapters import add_adapters
 from llmkernels.server.answers import Form
 from llmkernels.server.chat import ChatTemplate
 from llmkernels.server.guard import Guard, error
@@ -39,13 +41,21 @@ class Gone(Exception):
     """The client has left."""
 
 
-def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api_key: str | None = None) -> FastAPI:
+def create_app(
+    llm: LLM,
+    name: str,
+    *,
+    template: ChatTemplate | None = None,
+    api_key: str | None = None,
+    adapter_folder: Path | None = None,
+) -> FastAPI:
     """An ASGI application that owns `llm` while it runs.
 
     Args:
         name: what clients call the model.
         template: how a chat becomes a prompt; without one, chat is refused.
         api_key: every route but / and /health demands it.
+        adapter_folder: where clients may have adapters loaded from; None: they may not.
     """
     metrics = Metrics(llm)
     started = int(time.time())
@@ -60,24 +70,29 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     app.add_middleware(Guard, api_key=api_key)
     _errors(app)
 
-    def known(model: str | None) -> None:
-        if model not in (None, name):
-            raise Refused(404, f"there is no model {model!r}; this server has {name!r}", "model", "model_not_found")
+    def known(model: str | None) -> str | None:
+        """The adapter that a request means by `model`, if it is not the model itself."""
+        if model in (None, name):
+            return None
+        if model not in llm.adapters:
+            have = ", ".join(repr(known) for known in (name, *llm.adapters))
+            raise Refused(404, f"there is no model {model!r}; this server has {have}", "model", "model_not_found")
+        return model
 
     @app.post("/v1/completions", responses=streamed(Completion), response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        known(body.model)
+        adapter = known(body.model)
         prompts = body.prompts()
         if not prompts:
             raise Refused(400, "prompt holds nothing; give at least one", "prompt")
         if len(prompts) * body.n > MOST_CHOICES:
             raise Refused(400, f"{len(prompts)} prompts with n={body.n}; at most {MOST_CHOICES} choices", "n")
-        form = Form(name, llm.tokenizer, chat=False)
-        return await _respond(request, body, prompts, body.params(body.max_tokens, body.logprobs), form)
+        form = Form(adapter or name, llm.tokenizer, chat=False)
+        return await _respond(request, body, prompts, body.params(body.max_tokens, body.logprobs), form, adapter)
 
     @app.post("/v1/chat/completions", responses=streamed(ChatCompletion), response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        known(body.model)
+        adapter = known(body.model)
         if template is None or llm.tokenizer is None:
             raise Refused(400, f"{name!r} has no chat template; use /v1/completions", "messages", "no_chat_template")
         if body.top_logprobs is not None and not body.logprobs:
@@ -88,16 +103,16 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
         params = body.params(
             body.max_completion_tokens or body.max_tokens or room, (body.top_logprobs or 0) if body.logprobs else None
         )
-        return await _respond(request, body, [prompt], params, Form(name, llm.tokenizer, chat=True))
+        form = Form(adapter or name, llm.tokenizer, chat=True)
+        return await _respond(request, body, [prompt], params, form, adapter)
 
     @app.get("/v1/models", responses=ERRORS)
     async def models() -> ModelList:
-        return ModelList(data=[Model(id=name, created=started)])
+        return ModelList(data=[Model(id=known, created=started) for known in (name, *llm.adapters)])
 
     @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def one_model(model: str) -> Model:
-        known(model)
-        return Model(id=name, created=started)
+        return Model(id=known(model) or name, created=started)
 
     @app.get("/health", responses={200: text(), 503: ERRORS[503]}, response_class=PlainTextResponse)
     async def health(request: Request) -> PlainTextResponse:
@@ -109,16 +124,23 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    if adapter_folder is not None:
+        add_adapters(app, name, adapter_folder, ERRORS | {200: text()})
     add_status(app, name, metrics, ERRORS)
     describe(app, locked=api_key is not None)
     return app
 
 
 async def _respond(
-    request: Request, body: Sampling, prompts: Sequence[Prompt], params: SamplingParams, form: Form
+    request: Request,
+    body: Sampling,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    form: Form,
+    adapter: str | None,
 ) -> Response:
     """Run the prompts, params.n answers to each, and answer whole or in a stream."""
-    news = request.app.state.engine.batches(prompts, params, salt=body.cache_salt)
+    news = request.app.state.engine.batches(prompts, params, salt=body.cache_salt, adapter=adapter)
     if not body.stream:
         outputs = await _unless_gone(request, _collect(news))
         return JSONResponse(form.whole(outputs))

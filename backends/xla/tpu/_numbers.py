@@ -39,7 +39,9 @@ def half_as_float(bits):
     wide = bits.astype(jnp.int32)
     sign, magnitude = (wide & 0x8000) << 16, wide & 0x7FFF
     special = magnitude >= 0x7C00
-    normal = lax.bitcast_convert_type((magnitude << 13) + jnp.where(special, (255 - 31) << 23, (127 - 15) << 23), jnp.float32)
+    normal = lax.bitcast_convert_type(
+        (magnitude << 13) + jnp.where(special, (255 - 31) << 23, (127 - 15) << 23), jnp.float32
+    )
     small = magnitude.astype(jnp.float32) * 2.0**-24
     positive = jnp.where(magnitude < 0x0400, small, normal)
     return lax.bitcast_convert_type(lax.bitcast_convert_type(positive, jnp.int32) | sign, jnp.float32)

@@ -92,9 +92,7 @@ def product(
         if each is not None:  # [steps groups parts features]: a group is a row over the lanes
             each = jnp.pad(each.T, ((0, (per_step * steps if kind.group else 1) - each.shape[1]), (0, 0)))
             operands.append(each.reshape(-1, per_step, kind.parts, features))
-            specs.append(
-                pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j))
-            )
+            specs.append(pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j)))
     if x_scales is not None:
         groups = lanes(x_scales.shape[1])
         operands.append(jnp.pad(x_scales, ((0, padded_rows - rows), (0, groups - x_scales.shape[1]))))
@@ -166,7 +164,10 @@ def _chunks(kind, w, step, stored):
         words = pltpu.bitcast(w[:, at : at + LANES], jnp.int32)  # four rows of bytes in each
         low, high = words & 0x0F0F0F0F, lax.shift_right_logical(words, 4) & 0x0F0F0F0F
         left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
-        pair = jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)), jnp.where(left, pltpu.roll(low, LANES // 2, 1), high)
+        pair = (
+            jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
+            jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
+        )
         for half, nibbles in enumerate(pair):
             if kind.weight == "int4":  # less 8 in every byte; the bit above keeps it from borrowing
                 nibbles = ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)

@@ -25,7 +25,11 @@ def takes(
         reason = f"tree_mask has {tree_mask.shape[1]} words; takes at most {MOST_WORDS}"
         yield "SHAPE", reason, f"verify at most {MOST_WORDS * 32} tokens of a sequence at once"
     if 0 in q.shape or 0 in k_cache.shape or 0 in block_table.shape:
-        yield "SHAPE", f"q is {list(q.shape)}, block_table {list(block_table.shape)}; a grid needs a tile", "do not call"
+        yield (
+            "SHAPE",
+            f"q is {list(q.shape)}, block_table {list(block_table.shape)}; a grid needs a tile",
+            "do not call",
+        )
         return
     scalars = 4 * (block_table.shape[0] * block_table.shape[1] + FIELDS * count_tiles(q.shape[0], *seq_lens.shape, 1))
     if scalars > SMEM:
@@ -64,7 +68,20 @@ def sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, costly, chip):
     )  # fmt: skip
 
 
-def plan(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, max_seqlen_q=None, soft_cap=0.0, alibi_slopes=None, tree_mask=None, **_):
+def plan(
+    q,
+    k_cache,
+    v_cache,
+    block_table,
+    seq_lens,
+    cu_seqlens_q,
+    *,
+    max_seqlen_q=None,
+    soft_cap=0.0,
+    alibi_slopes=None,
+    tree_mask=None,
+    **_,
+):
     """What the cost model chose, in words, for `explain`."""
     chip = current()
     costly = bool(soft_cap) or alibi_slopes is not None or tree_mask is not None
