@@ -92,6 +92,7 @@ class AsyncLLM:
 
         Leaving early aborts all of them.  Errors as `stream`.
         """
+        grammar = await asyncio.to_thread(self.llm.prepare, params)  # kept until the end: the engine never waits for it
         listener = Listener()
         self._order(lambda: self._admit(listener, prompts, params, salt, adapter))
         try:
@@ -103,6 +104,7 @@ class AsyncLLM:
                 left -= sum(delta.finish_reason is not None for _, delta in news)
                 yield news
         finally:
+            del grammar
             with suppress(EngineStopped):
                 self._order(lambda: self._dismiss(listener))
 

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from starlette.exceptions import HTTPException
 
 from llmkernels.engine.async_llm import AsyncLLM, EngineStopped
 from llmkernels.engine.llm import LLM, Prompt
-from llmkernels.engine.output import Delta, Output
+from llmkernels.engine.output import Delta, Output, best
 from llmkernels.engine.sampling import SamplingParams
 from llmkernels.server.adapters import add_adapters
-from llmkernels.server.answers import Form
+from llmkernels.server.answers import Form, usage
 from llmkernels.server.chat import ChatTemplate
 from llmkernels.server.guard import Guard, error
 from llmkernels.server.metrics import Metrics
 from llmkernels.server.openapi import ERRORS, ChatCompletion, Completion, describe, streamed, text
 from llmkernels.server.protocol import ChatRequest, CompletionRequest, Model, ModelList, Sampling
 from llmkernels.server.status import add_status
+from llmkernels.server.tools import instructions
+from llmkernels.server.tools import structure as tool_structure
 
 MOST_CHOICES = 128  # prompts times n
 
@@ -87,8 +90,20 @@ def create_app(
             raise Refused(400, "prompt holds nothing; give at least one", "prompt")
         if len(prompts) * body.n > MOST_CHOICES:
             raise Refused(400, f"{len(prompts)} prompts with n={body.n}; at most {MOST_CHOICES} choices", "n")
-        form = Form(adapter or name, llm.tokenizer, chat=False)
-        return await _respond(request, body, prompts, body.params(body.max_tokens, body.logprobs), form, adapter)
+        form = Form(adapter or name, llm.tokenizer, chat=False, logprobs=body.logprobs is not None)
+        params = body.params(body.max_tokens, body.logprobs)
+        if body.best_of is None or body.best_of == body.n:
+            return await _respond(request, body, prompts, params, form, adapter)
+        if body.stream or body.best_of < body.n or len(prompts) * body.best_of > MOST_CHOICES:
+            most = MOST_CHOICES // len(prompts)
+            limits = f"with {len(prompts)} prompts at most {most}, at least n, and not with stream"
+            raise Refused(400, f"best_of is {body.best_of}; give {limits}", "best_of")
+        more = replace(params, n=body.best_of, logprobs=True)
+        news = request.app.state.engine.batches(prompts, more, salt=body.cache_salt, adapter=adapter)
+        outputs = await _unless_gone(request, _collect(news))
+        groups = [outputs[i : i + body.best_of] for i in range(0, len(outputs), body.best_of)]
+        chosen = [output for group in groups for output in best(group, body.n)]
+        return JSONResponse(form.whole(chosen) | {"usage": usage(outputs).model_dump()})
 
     @app.post("/v1/chat/completions", responses=streamed(ChatCompletion), response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -97,13 +112,19 @@ def create_app(
             raise Refused(400, f"{name!r} has no chat template; use /v1/completions", "messages", "no_chat_template")
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused(400, "top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
-        written = await asyncio.to_thread(template.prompt, [message.plain() for message in body.messages])
+        choice, tools, structure = body.choice(), body.tools or [], None
+        messages = [message.plain() for message in body.messages]
+        if choice != "none":
+            structure = await asyncio.to_thread(tool_structure, tools, choice, body.parallel_tool_calls)
+            if not template.tells_of_tools:
+                messages = [{"role": "system", "content": instructions(tools)}, *messages]
+        described = [tool.model_dump(exclude_none=True) for tool in tools] if choice != "none" else None
+        written = await asyncio.to_thread(template.prompt, messages, described)
         prompt = llm.tokenizer.encode(written, add_special_tokens=False).ids
         room = max(1, llm.max_length - len(prompt))
-        params = body.params(
-            body.max_completion_tokens or body.max_tokens or room, (body.top_logprobs or 0) if body.logprobs else None
-        )
-        form = Form(adapter or name, llm.tokenizer, chat=True)
+        most, logprobs = body.max_completion_tokens or body.max_tokens or room, body.top_logprobs or 0
+        params = body.params(most, logprobs if body.logprobs else None, structure)
+        form = Form(adapter or name, llm.tokenizer, chat=True, calls=structure is not None)
         return await _respond(request, body, [prompt], params, form, adapter)
 
     @app.get("/v1/models", responses=ERRORS)
@@ -145,8 +166,8 @@ async def _respond(
         outputs = await _unless_gone(request, _collect(news))
         return JSONResponse(form.whole(outputs))
     first = await anext(news)  # what is wrong with the request is told as an error, not in a stream
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    return StreamingResponse(_events(first, news, form, usage), media_type="text/event-stream")
+    wanted = bool(body.stream_options and body.stream_options.include_usage)
+    return StreamingResponse(_events(first, news, form, wanted), media_type="text/event-stream")
 
 
 async def _collect(news: AsyncGenerator[list[tuple[int, Delta]], None]) -> list[Output]:
