@@ -1,6 +1,6 @@
 """Ragged paged attention in one Pallas kernel: decode, chunked prefill and tree verification, mixed in one grid.
 
-    q [tokens heads dim] -- XLA gathers --> tiles [tile kv_head row dim]     row = token in the tile * group + head in it
+    q [tokens heads dim] -- XLA gathers --> tiles [tile kv_head row dim]     row = token in tile * group + head in it
                                              |
     grid step = one tile of one sequence     v       pages in HBM [page kv_head slot dim], ids from the block table
       +-----------------------------------------+      +------+------+------+------+------+
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._numbers import LANES, SUBLANES, cleared, multiplied_as, multiply, rows_of_pages
+from ._numbers import LANES, cleared, multiplied_as, multiply, rows_of_pages
 from ._tiles import FIELDS, Tiles, cut
 
 MASKED = -1e30  # finite, so that a row of nothing but masked scores gives no NaN
@@ -131,7 +131,7 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
         return [work[field * count + t] for field in range(FIELDS)]
 
     here = tile(step)
-    row, first_page, end_page, number, position, first_key, end_key, live, following, base = here
+    _row, first_page, end_page, number, position, first_key, end_key, live, following, base = here
     blocks = pl.cdiv(end_page - first_page, tiles.pages)
 
     def fetch(of, block):
