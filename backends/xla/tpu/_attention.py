@@ -120,11 +120,11 @@ def _scales(k_scale, v_scale, kv_heads):
 
 def _kernel(options, tiles, work, table, scales, q, *refs):
     """One tile.  In SMEM: work [FIELDS * tiles + 1], table [seqs * max_pages], both int32, scales [2 * kv_heads]."""
-    refs = list(refs)
-    sinks, slopes, words = (refs.pop(0) if there else None for there in (options.sinks, options.slopes, options.words))
-    k_hbm, v_hbm, out = refs[:3]
-    lse = refs[3] if options.lse else None
-    k_buffer, v_buffer, top, total, acc, arrived = refs[-6:]
+    given = list(refs)
+    sinks, slopes, words = (given.pop(0) if there else q for there in (options.sinks, options.slopes, options.words))
+    k_hbm, v_hbm, out = given[:3]
+    lse = given[3] if options.lse else None
+    k_buffer, v_buffer, top, total, acc, arrived = given[-6:]
     count, step, kv_heads = pl.num_programs(0), pl.program_id(0), q.shape[1]
 
     def tile(t):
@@ -263,7 +263,16 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
         pl.when(jnp.logical_not(inside))(lambda: multiply_block(block, True))
 
     for h in range(kv_heads):
-        _finish(h, scales[kv_heads + h] if options.scaled else None, sinks, top, total, acc, out, lse)
+        _finish(
+            h,
+            scales[kv_heads + h] if options.scaled else None,
+            sinks if options.sinks else None,
+            top,
+            total,
+            acc,
+            out,
+            lse,
+        )
 
 
 def _token(part, shape, group):

@@ -129,9 +129,9 @@ def _sum_dtype(kind):
 
 def _kernel(kind, there, stored, x, w, *refs):
     """One block.  x [BM BK], w [parts BN BK], scales and zeros [1 groups parts BN], x_scales [BM groups] ..."""
-    refs = list(refs)
-    scales, zeros, x_scales, row_scale, bias = (refs.pop(0) if given else None for given in there)
-    y, acc = refs
+    held = list(refs)
+    scales, zeros, x_scales, row_scale, bias = (held.pop(0) if given else None for given in there)
+    y, acc = held
     step, steps = pl.program_id(2), pl.num_programs(2)
 
     @pl.when(step == 0)

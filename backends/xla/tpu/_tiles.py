@@ -8,6 +8,7 @@ Shapes decide how many tiles there are: tokens // size + seqs, or tokens where t
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -57,9 +58,9 @@ class Work:
         place: [tokens], where each token lies: tile * size + index.
     """
 
-    scalars: object
-    token: object
-    place: object
+    scalars: jax.Array
+    token: jax.Array
+    place: jax.Array
     size: int
     group: int
     rows: int
