@@ -3,7 +3,7 @@
     python tests/pallas_faults.py [NAME ...]      one JSON object: name -> what was noticed, null where nothing was
 
 Each fault copies backends/xla, changes a line, and runs small calls of pallas_calls.py in both modes of the interpreter
-until one is wrong.  Each has a process and a time limit of its own: a copy that nobody starts is waited for without end.
+until one is wrong.  Each has its own process and time limit: a copy that nobody starts is waited for without end.
 """
 
 import json
