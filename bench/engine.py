@@ -21,7 +21,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import llama_cpp_peer
 from safetensors.torch import save_file
 
 from llmkernels import cache_folder, roofline, status
@@ -83,6 +82,8 @@ def checkpoint(model: str) -> Path:
 
 def prepare(model: str) -> None:
     """Write what is missing: the random checkpoint, its GGUF in float32 and rounded."""
+    import llama_cpp_peer
+
     folder().mkdir(mode=0o700, exist_ok=True)
     if not (checkpoint(model) / "config.json").exists():
         random_checkpoint(checkpoint(model))
@@ -130,11 +131,17 @@ def random_checkpoint(path: Path) -> None:
 def engine(model: str, **options: Any) -> Callable[[list[int]], Iterator[int]]:
     """Greedy tokens without an end, from our engine."""
     llm = LLM(
-        checkpoint(model), tokenizer=False, device="cpu", max_batch_tokens=PREFILL, max_length=2 * PREFILL, **options
+        checkpoint(model),
+        tokenizer=False,
+        device="cpu",
+        max_batch_tokens=PREFILL,
+        max_length=2 * PREFILL,
+        prefix_reuse=False,  # or only the first round would compute the prompt
+        **options,
     )
 
     def generate(prompt: list[int]) -> Iterator[int]:
-        output = llm.add(prompt, SamplingParams(max_tokens=PREFILL, ignore_eos=True))
+        (output,) = llm.add(prompt, SamplingParams(max_tokens=PREFILL, ignore_eos=True))
         try:
             while True:
                 llm.step()
@@ -146,6 +153,8 @@ def engine(model: str, **options: Any) -> Callable[[list[int]], Iterator[int]]:
 
 
 def llama_cpp(model: str, kind: str = "") -> Callable[[list[int]], Iterator[int]]:
+    import llama_cpp_peer  # here, so that what needs no llama.cpp can be imported without it
+
     file = folder() / f"{model}{'-' * bool(kind)}{kind}.gguf"
     if not file.exists():
         raise SystemExit(f"{file} is missing; run python bench/engine.py --prepare first")

@@ -55,20 +55,37 @@ ASKED: ContextVar[Settings | None] = ContextVar("llmkernels_settings", default=N
 @contextmanager
 def use(backend: str | None = None, **wishes: Any) -> Iterator[Settings]:
     """Change the settings inside a `with` block, for this thread or task only: use('vendor', policy='strict')."""
+    before = current()
+    change = (before, backend, *wishes.items())
+    try:
+        wanted = _CHANGED.get(change)
+    except TypeError:  # require= as a list or a mapping
+        wanted = _changed(backend, wishes)
+    else:
+        if wanted is None:
+            wanted = _changed(backend, wishes)
+            if wanted.recorder is before.recorder is None:  # or each recorder would be kept for ever
+                _CHANGED[change] = wanted
+    token = ASKED.set(wanted)
+    try:
+        yield wanted
+    finally:
+        ASKED.reset(token)
+
+
+def _changed(backend: str | None, wishes: dict[str, Any]) -> Settings:
+    """The current settings with these wishes; ValueError where there is no such wish."""
     known = {f.name for f in fields(Settings)} - {"per_op"}
     if unknown := set(wishes) - known:
         raise ValueError(f"use() knows {', '.join(sorted(known))}; not {', '.join(sorted(unknown))}")
     if isinstance(require := wishes.get("require"), (str, list, tuple, set)):
         wishes["require"] = dict.fromkeys([require] if isinstance(require, str) else require, True)
     if backend is not None:
-        wishes |= {"backend": backend, "per_op": {}}
-    token = ASKED.set(_same(replace(current(), **wishes)))
-    try:
-        yield current()
-    finally:
-        ASKED.reset(token)
+        wishes = wishes | {"backend": backend, "per_op": {}}
+    return _same(replace(current(), **wishes))
 
 
+_CHANGED: dict[tuple, Settings] = {}  # settings, and what use() was given -> settings
 _KNOWN: dict[tuple, Settings] = {}
 
 

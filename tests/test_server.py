@@ -308,4 +308,5 @@ def test_the_openapi_file_is_complete(http):
         "/v1/models/{model}",
         "/health",
         "/metrics",
+        "/status",
     }

@@ -31,6 +31,18 @@ def isa():
     return _native.isa()
 
 
+def recording():
+    """A context in which this thread's kernel calls run and are kept; its replay() makes them again, without Python.
+
+    The caller keeps the arrays of those calls alive, and changes their values in place.
+    """
+    import torch  # noqa: F401  first, as in isa()
+
+    from . import _native
+
+    return _native.Recording()
+
+
 def _why():
     """What the build reported, as setup.py wrote it."""
     for folder in Path(__file__).resolve().parents[1:3]:  # llmkernels/ where installed; beside it in a source tree

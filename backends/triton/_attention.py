@@ -52,10 +52,10 @@ def attend(
     seq = tile if ONE_TILE else _owner(tile, starts, seqs, TOKENS)
     begin_token = tl.load(starts + seq)
     new = tl.load(starts + seq + 1) - begin_token
+    length = tl.load(seq_lens + seq)  # here, so that nobody waits for memory twice
     first = 0 if ONE_TILE else (tile - (begin_token // TOKENS + seq)) * TOKENS
     if first >= new:
         return
-    length = tl.load(seq_lens + seq)
 
     row = tl.arange(0, BLOCK_M)
     index = first + row // HEADS  # of the row's token among the new ones

@@ -4,6 +4,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cpu/recording.h"
 #include "cpu/table.h"
 
 namespace py = pybind11;
@@ -32,6 +33,9 @@ void raise(const char* name, Status status) {
       throw py::error_already_set();
     case kBadDType:
       throw std::runtime_error(std::string(name) + ": the kernel was given a dtype it does not know");
+    case kBadValue:
+      throw py::value_error(std::string(name) +
+                            ": a row holds NaN or +inf, or no finite number; use(checked=True) tells which one");
     case kBadIndex:
       throw py::index_error(std::string(name) + ": an index points outside its array; see it with use(checked=True)");
   }
@@ -41,13 +45,38 @@ void raise(const char* name, Status status) {
 template <class... Parameters>
 void kernel(py::module_& module, const char* name, Status (*Table::*entry)(Parameters...)) {
   module.def(name, [name, entry](Passed<Parameters>... arguments) {
+    const auto run = [=] { return (table().*entry)(native<Parameters>(arguments)...); };
     Status status;
     {
       py::gil_scoped_release unlocked;
-      status = (table().*entry)(native<Parameters>(arguments)...);
+      status = run();
     }
     raise(name, status);
+    if (Recording* recording = Recording::open()) recording->add(name, run);
   });
+}
+
+void recordings(py::module_& module) {
+  py::class_<Recording>(module, "Recording",
+                        "with Recording() as recording: the kernels called inside, by this thread, run and are kept; "
+                        "recording.replay() makes the same calls again, on the same addresses.")
+      .def(py::init<>())
+      .def("__enter__",
+           [](py::object self) {
+             if (Recording::open()) throw std::runtime_error("a recording is open on this thread already; close it first");
+             Recording::open() = &self.cast<Recording&>();
+             return self;
+           })
+      .def("__exit__", [](Recording&, py::args) { Recording::open() = nullptr; })
+      .def("__len__", &Recording::size)
+      .def("replay", [](const Recording& recording) {
+        std::pair<const char*, Status> failed;
+        {
+          py::gil_scoped_release unlocked;
+          failed = recording.replay();
+        }
+        raise(failed.first, failed.second);
+      });
 }
 
 }  // namespace
@@ -73,6 +102,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("ACTIVATION") =
       py::dict("none"_a = int(kNoActivation), "silu"_a = int(kSilu), "gelu"_a = int(kGelu), "gelu_tanh"_a = int(kGeluTanh),
                "relu"_a = int(kRelu), "swiglu"_a = int(kSwiglu), "geglu"_a = int(kGeglu));
+  recordings(module);
   kernel(module, "gemm", &Table::gemm);
   kernel(module, "lora_gemm", &Table::lora_gemm);
   kernel(module, "paged_attention", &Table::paged_attention);

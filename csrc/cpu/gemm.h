@@ -21,6 +21,7 @@ namespace llmkernels::LLMKERNELS_ISA {
 constexpr int kBlock = 256;     // rows of a unit: 64 KiB of totals
 constexpr int kPrepared = 512;  // rows prepared at a time
 constexpr int kFewDense = 64;   // rows up to which a dense weight is read as it lies
+constexpr int64_t kFewProducts = 65536;  // below these one thread is done before a second one has begun
 
 // What a unit needs for itself.
 struct Bench {
@@ -118,9 +119,9 @@ Status multiply(const GemmCall& call) {
       if (!work) return __atomic_store_n(&starved, true, __ATOMIC_RELAXED);
       for (int64_t row = from; row < to; ++row) prepare_row<Weight, T>(call, begin + row, x, row, work);
     });
-    const int64_t blocks = ceil_div(count, int64_t{kBlock}), work = count * padded * kPanel;
+    const int64_t blocks = ceil_div(count, int64_t{kBlock}), products = count * padded * kPanel * call.panels();
     const int64_t abreast = Weight::abreast(call), units = ceil_div(call.panels(), abreast);
-    parallel_tasks(units * blocks, work < kGrain ? 1 : call.threads, [&](int64_t task) {
+    parallel_tasks(units * blocks, products < kFewProducts ? 1 : call.threads, [&](int64_t task) {
       Bench* bench = static_cast<Bench*>(scratch(kOwn, sizeof(Bench)));
       if (!bench || starved) return __atomic_store_n(&starved, true, __ATOMIC_RELAXED);
       const int64_t panel = task / blocks * abreast, first = task % blocks * kBlock;

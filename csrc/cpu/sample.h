@@ -42,14 +42,25 @@ struct Draw {
   int64_t top_k;
 };
 
-// scores and mass: vocab floats of scratch each.
+// The token, or -1 where a logit is NaN or infinite, or all forbid.  scores and mass: vocab floats of scratch each.
 template <class T>
 int64_t draw(const T* logits, int64_t vocab, const Draw& wish, float* scores, float* mass) {
-  Floats top = broadcast(-INFINITY);
+  const Floats infinity = broadcast(INFINITY);
+  Floats top = -infinity, worst = -infinity;
   int64_t whole = 0;
-  for (; whole + kLanes <= vocab; whole += kLanes) top = max(top, load(logits + whole));
+  for (; whole + kLanes <= vocab; whole += kLanes) {
+    const Floats value = load(logits + whole);
+    top = max(top, value);
+    worst = max(worst, less(value, infinity, -infinity, infinity));  // NaN is not less
+  }
   float best = largest(top);
-  for (; whole < vocab; ++whole) best = most(best, widen(logits[whole]));
+  bool wrong = largest(worst) > 0;
+  for (; whole < vocab; ++whole) {
+    const float value = widen(logits[whole]);
+    wrong |= !(value < INFINITY);
+    best = most(best, value);
+  }
+  if (wrong || best == -INFINITY) return -1;
   if (wish.temperature == 0) {
     int64_t token = 0;
     while (token + 1 < vocab && widen(logits[token]) != best) ++token;
@@ -105,8 +116,12 @@ Status sample(int dtype, const void* logits, int64_t stride, const void* uniform
       for (int64_t row = begin; row < end; ++row) {
         const Draw wish{value(uniform, row, 0), value(temperature, row, 1), value(top_p, row, 1), value(min_p, row, 0),
                         top_k ? static_cast<const int32_t*>(top_k)[row] : 0};
-        static_cast<int64_t*>(tokens)[row] =
-            draw(static_cast<const T*>(logits) + row * stride, vocab, wish, memory, memory + vocab);
+        int64_t& token = static_cast<int64_t*>(tokens)[row];
+        token = draw(static_cast<const T*>(logits) + row * stride, vocab, wish, memory, memory + vocab);
+        if (token < 0) {
+#pragma omp atomic write
+          worst = kBadValue;
+        }
       }
     });
     return kOk;

@@ -18,6 +18,7 @@ enum Status : int {
   kOk,
   kOutOfMemory,
   kBadDType,  // a dtype that Python should have refused
+  kBadValue,  // a row of logits with NaN or infinity in it, or with nothing that is allowed
   kBadIndex,  // a page, slot or position outside its array; read nowhere, what was written is incomplete
 };
 

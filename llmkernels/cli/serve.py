@@ -21,7 +21,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; its directory's name.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LLMKERNELS_API_KEY", help="Every route but /health demands it.")
+        str | None, typer.Option(envvar="LLMKERNELS_API_KEY", help="Every route but / and /health demands it.")
     ] = None,
     chat_template: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A jinja file, instead of the checkpoint's.")

@@ -17,5 +17,6 @@ from llmkernels.engine.llm import shipped_model as shipped_model
 from llmkernels.engine.output import Delta as Delta
 from llmkernels.engine.output import Output as Output
 from llmkernels.engine.sampling import SamplingParams as SamplingParams
+from llmkernels.engine.speculative import Speculation as Speculation
 from llmkernels.engine.structure import Structure as Structure
 from llmkernels.engine.weights import CheckpointError as CheckpointError

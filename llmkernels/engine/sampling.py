@@ -12,6 +12,7 @@ import torch
 import llmkernels
 from llmkernels.engine.grammar import Guide, Masks
 from llmkernels.engine.structure import Structure
+from llmkernels.settings import current, use
 
 _MASK = 2**64 - 1
 MOST_ANSWERS = 128  # to one prompt
@@ -123,8 +124,10 @@ class Answer(Protocol):
     params: SamplingParams
     seed: int
     prompt_tokens: list[int]
-    tokens: list[int]
     guide: Guide | None
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
 
 
 class Chosen(NamedTuple):
@@ -146,11 +149,12 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer], masks: Masks | None 
     scores = adjusted(logits, answers)
     if masks:
         masks.forbid(scores)
-    tokens = llmkernels.sample(
-        scores,
-        _column([uniform(answer.seed, len(answer.tokens)) for answer in answers], logits),
-        **_options(params, logits),
-    )
+    with use(checked=bool(current().checked)):  # params were checked; the cpu kernel finds broken logits
+        tokens = llmkernels.sample(
+            scores,
+            _column([uniform(answer.seed, len(answer.tokens)) for answer in answers], logits),
+            **_options(params, logits),
+        )
     chosen = [Chosen(token) for token in tokens.tolist()]
     if logprobs is not None:
         values, ids = logprobs.topk(min(max(params[r].top_logprobs for r in rows), logits.shape[1]))

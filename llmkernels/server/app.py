@@ -1,4 +1,4 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; / and /status are status.py's."""
 
 import asyncio
 import json
@@ -21,10 +21,11 @@ from llmkernels.server.answers import Form
 from llmkernels.server.chat import ChatTemplate
 from llmkernels.server.guard import Guard, error
 from llmkernels.server.metrics import Metrics
-from llmkernels.server.protocol import ChatRequest, CompletionRequest, Error, Model, ModelList, Sampling
+from llmkernels.server.openapi import ERRORS, ChatCompletion, Completion, describe, streamed, text
+from llmkernels.server.protocol import ChatRequest, CompletionRequest, Model, ModelList, Sampling
+from llmkernels.server.status import add_status
 
 MOST_CHOICES = 128  # prompts times n
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in (400, 401, 404, 413, 503)}
 
 
 class Refused(Exception):
@@ -44,7 +45,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
     Args:
         name: what clients call the model.
         template: how a chat becomes a prompt; without one, chat is refused.
-        api_key: every route but /health demands it.
+        api_key: every route but / and /health demands it.
     """
     metrics = Metrics(llm)
     started = int(time.time())
@@ -63,7 +64,7 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
         if model not in (None, name):
             raise Refused(404, f"there is no model {model!r}; this server has {name!r}", "model", "model_not_found")
 
-    @app.post("/v1/completions", responses=ERRORS, response_model=None)
+    @app.post("/v1/completions", responses=streamed(Completion), response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         known(body.model)
         prompts = body.prompts()
@@ -74,15 +75,15 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
         form = Form(name, llm.tokenizer, chat=False)
         return await _respond(request, body, prompts, body.params(body.max_tokens, body.logprobs), form)
 
-    @app.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+    @app.post("/v1/chat/completions", responses=streamed(ChatCompletion), response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         known(body.model)
         if template is None or llm.tokenizer is None:
             raise Refused(400, f"{name!r} has no chat template; use /v1/completions", "messages", "no_chat_template")
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused(400, "top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
-        text = await asyncio.to_thread(template.prompt, [message.plain() for message in body.messages])
-        prompt = llm.tokenizer.encode(text, add_special_tokens=False).ids
+        written = await asyncio.to_thread(template.prompt, [message.plain() for message in body.messages])
+        prompt = llm.tokenizer.encode(written, add_special_tokens=False).ids
         room = max(1, llm.max_length - len(prompt))
         params = body.params(
             body.max_completion_tokens or body.max_tokens or room, (body.top_logprobs or 0) if body.logprobs else None
@@ -98,16 +99,18 @@ def create_app(llm: LLM, name: str, *, template: ChatTemplate | None = None, api
         known(model)
         return Model(id=name, created=started)
 
-    @app.get("/health", responses={503: {"model": Error}})
+    @app.get("/health", responses={200: text(), 503: ERRORS[503]}, response_class=PlainTextResponse)
     async def health(request: Request) -> PlainTextResponse:
         if not request.app.state.engine.alive:
             raise Refused(503, "the engine has stopped; restart the server")
         return PlainTextResponse("ok\n")
 
-    @app.get("/metrics", responses=ERRORS)
+    @app.get("/metrics", responses=ERRORS | {200: text()}, response_class=PlainTextResponse)
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    add_status(app, name, metrics, ERRORS)
+    describe(app, locked=api_key is not None)
     return app
 
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 MOST_BYTES = 4 << 20  # of a request's body
-OPEN = frozenset(("/health",))
+OPEN = frozenset(("/", "/health"))  # the first is a page without data
 
 
 def error(message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> dict:

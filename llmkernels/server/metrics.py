@@ -42,23 +42,36 @@ class Metrics:
         )
         self._next = Histogram("next_token_seconds", "Between two tokens of an answer.", buckets=FAST, **here)
         self._last: WeakKeyDictionary[Output, float] = WeakKeyDictionary()  # aborted ones leave by themselves
+        self._sums = {"generated": 0, "first_count": 0, "first_seconds": 0.0, "next_count": 0, "next_seconds": 0.0}
         self.registry.register(_Engine(llm))
+
+    def totals(self) -> dict[str, float]:
+        """generated: tokens so far; {first,next}_{count,seconds}: how many times were measured, and their sum."""
+        return dict(self._sums)
 
     def observe(self, deltas: list[Delta]) -> None:
         """Called by the engine after each step."""
-        now = time.monotonic()
+        now, sums = time.monotonic(), self._sums
         for delta in deltas:
             output, count = delta.output, len(delta.tokens)
-            self._tokens.inc(count)
+            sums["generated"] += count
             if output not in self._last:
-                self._first.observe(now - output.arrived)
+                passed = now - output.arrived
+                sums["first_count"] += 1
+                sums["first_seconds"] += passed
+                self._first.observe(passed)
                 self._prompt.inc(0 if output.index else len(output.prompt_tokens))
             elif count:
-                self._next.observe((now - self._last[output]) / count)
+                passed = now - self._last[output]
+                sums["next_count"] += count
+                sums["next_seconds"] += passed
+                for _ in range(count):
+                    self._next.observe(passed / count)
             self._last[output] = now
             if delta.finish_reason:
                 self._finished.labels(delta.finish_reason).inc()
                 del self._last[output]
+        self._tokens.inc(sum(len(delta.tokens) for delta in deltas))
 
 
 class _Engine(Collector):
