@@ -48,7 +48,7 @@ def half_as_float(bits):
 
 
 def rows_of_pages(pages, dtype):
-    """[pages page_size dim] as stored -> [keys dim] in `dtype`; joined where a page is whole tiles, so nothing moves."""
+    """[pages page_size dim] as stored -> [keys dim] in `dtype`; joined where a page is whole tiles: no move."""
     _, page_size, dim = pages.shape
     via = next((kind for kind in (pages.dtype, dtype) if page_size % tile_rows(kind) == 0), jnp.dtype(jnp.float32))
     if pages.dtype == jnp.uint16 and via == pages.dtype:
