@@ -111,7 +111,10 @@ def test_steps_are_forgotten_with_the_choices_they_rest_on(llm):
 def test_prefill_and_mixed_steps_are_no_decode(llm):
     chunk = SimpleNamespace(count=1, samples=True, guesses=())
     graphs = llm._runner.graphs
-    for other in (SimpleNamespace(count=2, samples=True, guesses=()), SimpleNamespace(count=1, samples=False, guesses=())):
+    for other in (
+        SimpleNamespace(count=2, samples=True, guesses=()),
+        SimpleNamespace(count=1, samples=False, guesses=()),
+    ):
         assert graphs.logits([chunk, other]) is None
 
 
