@@ -51,8 +51,8 @@ class Output:
         """How many tokens of the prompt had their keys in the cache when the request first ran."""
         return self._sequence.cached or 0
 
-    def _receive(self, chosen: Chosen) -> bool:
-        """Take the next token in; True where the text ends before a stop string."""
+    def _receive(self, chosen: Chosen, reason: str | None) -> bool:
+        """Take the next token in, with which the text ends if there is a reason; True where a stop string ends it."""
         self.tokens.append(chosen.token)
         if chosen.logprob is not None:
             self.logprobs.append(chosen.logprob)
@@ -62,15 +62,20 @@ class Output:
             self.guide.accept(chosen.token)
         if not self._detokenizer:
             return False
-        piece = "" if self.finish_reason == "stop" else self._detokenizer.push(chosen.token)
+        piece = "" if reason == "stop" else self._detokenizer.push(chosen.token)
         piece, ended = self._stops.push(piece)
-        self.text += piece if ended or not self.finish_reason else piece + self._stops.flush()
+        self.text += piece if ended or not reason else piece + self._stops.flush()
         return ended
 
     def _forced(self) -> list[int]:
         """Tokens that its grammar leaves no choice about; none where the ln p of each is wanted: it takes a step."""
         asked = self.params.logprobs or self.params.top_logprobs
         return self.guide.forced() if self.guide and not asked and not self.finish_reason else []
+
+
+def best(outputs: Iterable[Output], count: int) -> list[Output]:
+    """The answers whose tokens have the highest ln p on average, the best first; they must have logprobs."""
+    return sorted(outputs, key=lambda output: -sum(output.logprobs) / max(1, len(output.logprobs)))[:count]
 
 
 @dataclass(frozen=True)
