@@ -1,4 +1,5 @@
-"""The command line: llmkernels ops | explain | doctor | status | conformance | compile | tune | bench | generate.
+"""The command line: llmkernels ops | explain | doctor | status | conformance | compile | tune | bench | generate
+| serve | chat.
 
 One file per command.  Nothing but typer is imported before a command is chosen: --help must be quick, and doctor must
 answer where torch is missing.  A mistake of the user's ends in one line on stderr and exit code 2; a failed check in
@@ -121,6 +122,7 @@ def _note(message: Any, *_: Any, **__: Any) -> None:
 from llmkernels.cli import (  # noqa: E402  they register themselves
     bench,
     bench_serve,
+    chat,
     compile,
     conformance,
     doctor,
@@ -135,6 +137,7 @@ __all__ = [
     "app",
     "bench",
     "bench_serve",
+    "chat",
     "compile",
     "conformance",
     "doctor",
