@@ -7,9 +7,10 @@ PROMPT ?= DESCRIPTION\nThe open() system call opens the file specified by pathna
 INSTALLED := .venv/.installed
 BUILT := .venv/.built
 VLLM := .venv-vllm
+TORCH_XLA := .venv-torch-xla
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all test-sanitize test-vllm compile-gpu peers bench bench-vllm readme clean
+.PHONY: help venv demo test test-all test-sanitize test-vllm test-torch-xla compile-gpu compile-tpu peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -56,11 +57,24 @@ peers: venv  ## what benchmarks compare with: onnxruntime, llama.cpp (compiles f
 test-vllm: $(VLLM)/.installed  ## vLLM on the CPU, in .venv-vllm: same tokens with our attention; gigabytes and minutes
 	cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py
 
+test-torch-xla: $(TORCH_XLA)/.installed  ## torch-xla's last release on the CPU, in .venv-torch-xla: every op; 7 GB, minutes
+	cd tests/torch_xla && PJRT_DEVICE=CPU $(CURDIR)/$(TORCH_XLA)/bin/python check.py
+
 bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, into bench/results/
 	for dtype in float32 bfloat16; do (cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time $$dtype --record); done
 
 compile-gpu: venv  ## the Triton kernels compiled for eight GPUs, without one: registers, spills, matrix instructions
 	$(BIN)/llmkernels compile --backend triton --against bench/results/compiled-triton.json
+
+# Apart from .venv: beside jax, libtpu would make it look for a TPU whenever it starts.
+LIBTPU := build/libtpu/$(shell grep '^libtpu==' constraints.txt | tr -d '=')
+$(LIBTPU): $(INSTALLED)
+	rm -rf build/libtpu
+	$(BIN)/python -m pip install --no-deps --target build/libtpu "$$(grep '^libtpu==' constraints.txt)"
+	@touch $@
+
+compile-tpu: venv $(LIBTPU)  ## the Pallas kernels compiled for five TPU generations, without one: schedules, spills, VMEM
+	$(BIN)/llmkernels compile --backend xla $(addprefix --against ,$(wildcard bench/results/compiled-tpu.json))
 
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers
@@ -86,6 +100,19 @@ $(VLLM)/.made: tests/vllm/requirements.py constraints.txt
 # As a user has it, by a wheel: an editable install would share its build with .venv.
 $(VLLM)/.installed: $(VLLM)/.made $(shell find csrc llmkernels backends -name '*.py' -o -path 'csrc/*' -type f) pyproject.toml
 	$(VLLM)/bin/python -m pip install --no-build-isolation '$(TORCH)' .
+	@touch $@
+
+# torch-xla 2.9 needs torch 2.9, of which the registry has the build for CUDA only, and that does not load without CUDA's
+# libraries.  Its extra, pallas, names the jax that it can trace; the torchax inside it imports flax.
+$(TORCH_XLA)/.made:
+	$(PYTHON) -m venv --clear $(TORCH_XLA) || $(PYTHON) -m virtualenv --clear $(TORCH_XLA)
+	$(TORCH_XLA)/bin/python -m pip install --no-cache-dir torch==2.9.0 'torch_xla[pallas]==2.9.0' flax==0.12.0 \
+		numpy rich safetensors 'setuptools>=77' tokenizers typer pybind11 ninja
+	@touch $@
+
+# torch 2.9 is older than what this package asks for: its adapter needs what that one has.
+$(TORCH_XLA)/.installed: $(TORCH_XLA)/.made $(shell find llmkernels backends -name '*.py') pyproject.toml
+	LLMKERNELS_BUILD=none $(TORCH_XLA)/bin/python -m pip install --no-build-isolation --no-deps --ignore-requires-python .
 	@touch $@
 
 # An environment whose Python is gone, or that lies where it was not made, is no use: the stamp goes, the rule runs.

@@ -21,22 +21,44 @@ batches.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 
 from llmkernels import ledger
 from llmkernels import ops as _ops  # noqa: F401  declares them
 from llmkernels.arrays import is_array, to_torch
 from llmkernels.contract import Contract
-from llmkernels.discovery import REFERENCE
+from llmkernels.discovery import REFERENCE, package
 from llmkernels.quant.weight import PARTS, QuantizedWeight
 from llmkernels.registry import OPS, Choice, Op
 from llmkernels.settings import Settings, current
 from llmkernels.shapes import dtype_name
 
 SAME_SIZE = {1: "uint8", 2: "int16"}  # how dtypes that NumPy does not know leave torch
+
+
+def allocate_cache(
+    pages: int, page_size: int, kv_heads: int, dim: int, dtype: Any, *, sharding: Any = None, backend: str = "xla"
+) -> jax.Array:
+    """A cache of zeros, [pages page_size kv_heads dim], in memory as the backend's kernels want it.
+
+    On a TPU that is head by head within a page; a cache in jax's own order is right too, and copied at each call.  The
+    order is no part of the shape: jax.jit keeps it only where it is told to,
+
+        step = jax.jit(decode, donate_argnums=..., out_shardings=(None, cache.format, cache.format))
+
+    Args:
+        sharding: where the cache lies; None is the default device.
+        backend: states its order by CACHE_AXES, outermost axis first; without it the cache is in jax's own order.
+    """
+    order = getattr(package(backend), "CACHE_AXES", (0, 1, 2, 3))
+    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    zeros = partial(jax.numpy.zeros, (pages, page_size, kv_heads, dim), dtype)
+    return jax.jit(zeros, out_shardings=Format(Layout(major_to_minor=order), place))()
 
 
 def _function(op: Op) -> Callable:

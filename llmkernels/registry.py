@@ -69,11 +69,15 @@ def op(
 
 @dataclass(frozen=True)
 class Candidate:
-    """One backend's answer to one call: verdict is 'chosen', 'takes' or 'refuses'."""
+    """One backend's answer to one call: verdict is 'chosen', 'takes' or 'refuses'.
+
+    notes: what a backend that takes the call says about it, by notes(op, call), if it has such a function.
+    """
 
     backend: str
     verdict: str
     reasons: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Explanation:
         lines = [f"{self.op}({', '.join(f'{k}: {v}' for k, v in self.call.items())})"]
         for c in self.candidates:
             lines.append(f"  {c.backend:10} {c.verdict}")
-            lines += [f"  {'':10}   {reason}" for reason in c.reasons]
+            lines += [f"  {'':10}   {line}" for line in (*c.reasons, *c.notes)]
         return "\n".join(lines)
 
 
@@ -152,7 +156,8 @@ class Op:
             answers = not reasons and chosen is None and asked in (None, name)
             chosen = name if answers else chosen
             verdict = "refuses" if reasons else "chosen" if answers else "takes"
-            candidates.append(Candidate(name, verdict, tuple(reasons)))
+            tell = None if reasons or name == REFERENCE else getattr(package(name), "notes", None)
+            candidates.append(Candidate(name, verdict, tuple(reasons), tuple(tell(self.name, call)) if tell else ()))
         return Explanation(self.name, {k: describe(v) for k, v in call.items()}, tuple(candidates), chosen)
 
     def bind(self, *args: Any, backend: str | None = None, **options: Any) -> Callable:

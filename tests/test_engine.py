@@ -255,7 +255,19 @@ def test_the_ledger_shows_every_hot_op(models, name, norms):
 
 
 MOVES = {
-    *("index", "embedding", "view", "slice", "split_with_sizes", "split", "_to_copy", "lift_fresh", "detach", "alias"),
+    *(
+        "index",
+        "index_select",
+        "embedding",
+        "view",
+        "slice",
+        "split_with_sizes",
+        "split",
+        "_to_copy",
+        "lift_fresh",
+        "detach",
+        "alias",
+    ),
     *("select", "reshape", "unsqueeze", "_unsafe_view", "_local_scalar_dense", "clone", "unbind"),
 }
 

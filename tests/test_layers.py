@@ -45,7 +45,10 @@ LAYERS = {
     ),
     "doors": Layer("cli/* __main__", "core quant ops frameworks kit engine measuring server", "typer rich", ANYTHING),
     "adapters": Layer(
-        "integrations/*", "core quant ops frameworks", "torch transformers safetensors vllm sglang", ANYTHING
+        "integrations/*",
+        "core quant ops frameworks",
+        "torch torchax torch_xla transformers safetensors vllm sglang",
+        ANYTHING,
     ),
     "backends": Layer("backends/*", "", "torch jax triton numpy", "flashinfer"),
     "package": Layer("__init__"),  # the public list: loads everything, and only when it is asked for

@@ -29,7 +29,7 @@ EASY = [
     pytest.param(op, cases[i], id=f"{op.name}: {cases[i]}")
     for op in OPS.values()
     if (cases := [case for case in op.contract.cases if not case.hostile])
-    for i in {0, len(cases) // 2, len(cases) - 1}
+    for i in {1, len(cases) - 2}
 ]
 
 
@@ -137,6 +137,17 @@ def test_int64_is_exact_or_outside():
         bridge.to_jax(torch.tensor([1]))
 
 
+def test_explain_says_which_program_answers():
+    x = torch.randn(4, 256)
+    told = llmkernels.explain("quantized_gemm", x, quantize(torch.randn(64, 256), "w4a16_g128"))
+    (mine,) = [candidate for candidate in told.candidates if candidate.backend == "xla"]
+    assert mine.notes[0] == "here: plain XLA"
+    assert mine.notes[1].startswith("on a TPU: Pallas, blocks of")
+    assert mine.notes[1] in str(told)
+    told = llmkernels.explain("silu_and_mul", x)
+    assert told.candidates[-2].notes[1] == "on a TPU: plain XLA; there is no Pallas kernel of this op"
+
+
 def test_few_programs_serve_many_shapes():
     program = implementation("xla", "rms_norm").program
     weight = torch.randn(40)
@@ -156,6 +167,23 @@ def test_donated_caches_are_written_in_place():
     assert float(written.sum()) == float(written[1, 1].sum()) == 8
 
 
+def test_a_cache_keeps_the_order_of_the_backend():
+    """Head by head within a page, whatever the shape says, before and after a step."""
+    cache = jax_api.allocate_cache(3, 4, 2, 8, jnp.float32)
+    k, slots = jnp.arange(32.0).reshape(2, 2, 8), jnp.array([5, 6])
+    write = jax.jit(
+        lambda k, cache, slots: jax_api.write_kv(k, None, cache, None, slots, backend="xla"),
+        donate_argnums=1,
+        out_shardings=cache.format,
+    )
+    memory = cache.unsafe_buffer_pointer()
+    written = write(k, cache, slots)
+    assert written.format.layout.major_to_minor == (0, 2, 1, 3)
+    assert written.unsafe_buffer_pointer() == memory
+    want = jax_api.write_kv(k, None, jnp.zeros((3, 4, 2, 8)), None, slots, backend="reference")
+    assert jnp.array_equal(written, want)
+
+
 def test_a_program_for_tpus_is_lowered_without_one():
     """As a serialized artifact: every op that decodes a token, from this machine."""
     shape = jax.ShapeDtypeStruct
@@ -172,7 +200,7 @@ def test_a_program_for_tpus_is_lowered_without_one():
     exported = jax.export.export(jax.jit(decode), platforms=["tpu"])(q, k, cache, cache, table, ints, starts, ints)
     assert exported.platforms == ("tpu",)
     assert exported.out_avals[0].shape == (8, 256)
-    assert exported.mlir_module_serialized
+    assert exported.mlir_module().count("tpu_custom_call") == 2, "attention and the product are Pallas kernels"
 
 
 SHARDED = Path(__file__).parent / "xla_sharded.py"

@@ -20,21 +20,22 @@ def activated(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def store(
-    z, y, bias, row, feature, rows, features,
+    z, y, bias, row, tile, rows, features,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[row, ...] = act(z + bias) for a tile z [BLOCK_M, BLOCK_N] of float32; y is contiguous.
 
-    Where GATED, even columns of the tile are gates and the odd ones beside them what they gate: `features_of`.
+    Where GATED, the first half of the tile's columns are gates and the second what they gate: `features_of`.
     """
+    feature = features_of(tile, features, GATED, BLOCK_N)
     if bias is not None:
         z += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
     width, column = features, feature
     if GATED:
-        gate, value = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N // 2, 2)))
+        gate, value = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         z = activated(gate, ACTIVATION) * value
         width = features // 2
-        column, _ = tl.split(tl.reshape(feature, (BLOCK_N // 2, 2)))
+        column = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)  # half of `feature`, but seen to be contiguous
     else:
         z = activated(z, ACTIVATION)
     at = y + row.to(tl.int64)[:, None] * width + column[None, :]
@@ -45,10 +46,12 @@ def store(
 def features_of(tile, features, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
     """The rows of the weight that a tile of outputs needs; at least `features` where there is none.
 
-    Where GATED, the weight's rows are gates [0 .. features / 2) and then what they gate: in turn one of each.
+    Where GATED, the weight's rows are gates [0 .. features / 2) and then what they gate: half a tile of each.
     """
-    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    index = tl.arange(0, BLOCK_N)
+    feature = tile * BLOCK_N + index
     if GATED:
         half = features // 2
-        column = tl.where(column < features, column // 2 + (column % 2) * half, features)
-    return column
+        gate = tile * (BLOCK_N // 2) + index % (BLOCK_N // 2)
+        feature = tl.where(gate < half, gate + index // (BLOCK_N // 2) * half, features)
+    return feature

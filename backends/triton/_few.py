@@ -28,8 +28,13 @@ def multiply_few(
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
     FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as those of _product.multiply; rows <= BLOCK_M, and WIDE divides GROUP where that is not 0."""
+    """Arguments as those of _product.multiply; rows <= BLOCK_M, and WIDE divides GROUP where that is not 0.
+
+    STAGES is num_stages, said of the loop, so that scales too are copied to shared memory that many passes early: else
+    each pass waits for its own.  What is a byte each cannot be copied so, and is read one pass early.
+    """
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     ZEROS: tl.constexpr = zeros is not None
     SUM: tl.constexpr = tl.int32 if tl.int8 == DOT else tl.float32
@@ -47,17 +52,22 @@ def multiply_few(
     length = tl.cdiv(tl.cdiv(columns, BLOCK_K), SPLIT) * BLOCK_K
     begin = share * length
     end = tl.minimum(begin + length, columns)
+    BYTES: tl.constexpr = KIND == "mxfp4"
+    zero = tl.zeros([SLICES, BLOCK_N], tl.int8)
+    if ZEROS:
+        zero = _of_groups(zeros, scale_at, begin, groups, GROUP, WIDE, SLICES)
+    if BYTES:
+        scale = _of_groups(scales, scale_at, begin, groups, GROUP, WIDE, SLICES)
 
-    for start in range(begin, end, BLOCK_K):
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
         inside = there if EVEN else there & (column < columns)[None, :]
         a = tl.load(x_rows + column[None, :], mask=inside, other=0.0, cache_modifier=".ca").to(DOT)
-        group = tl.zeros([SLICES], tl.int32)
-        if GROUP:
-            group = tl.minimum((start + tl.arange(0, SLICES) * WIDE) // GROUP, groups - 1)
-        zero = tl.zeros([SLICES, BLOCK_N], tl.int8)
+        next_zero = zero
         if ZEROS:
-            zero = tl.load(zeros + scale_at + group[:, None])
+            next_zero = _of_groups(zeros, scale_at, start + BLOCK_K, groups, GROUP, WIDE, SLICES)
+        if BYTES:
+            next_scale = _of_groups(scales, scale_at, start + BLOCK_K, groups, GROUP, WIDE, SLICES)
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
             codes = loaded(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
@@ -81,12 +91,16 @@ def multiply_few(
             if ZEROS and tl.int8 == DOT:  # q - zero may take 9 bits
                 part -= tl.sum(a.to(tl.int32), 2)[:, :, None] * zero.to(tl.int32)[:, None, :]
         if GROUP:
-            scale = scales_of(tl.load(scales + scale_at + group[:, None]), KIND)
-            part = part.to(tl.float32) * scale[:, None, :]
+            here = scale if BYTES else _of_groups(scales, scale_at, start, groups, GROUP, WIDE, SLICES)
+            part = part.to(tl.float32) * scales_of(here, KIND)[:, None, :]
             if X_GROUPED:
+                group = tl.minimum((start + tl.arange(0, SLICES) * WIDE) // GROUP, groups - 1)
                 x_scale = x_scales + row[None, :] * groups + group[:, None]
                 part *= tl.load(x_scale, mask=(row < rows)[None, :], other=0.0)[:, :, None]
         sums += part
+        zero = next_zero
+        if BYTES:
+            scale = next_scale
 
     z = tl.sum(sums, 0).to(tl.float32) * FACTOR
     if scales is not None and GROUP == 0:
@@ -97,4 +111,13 @@ def multiply_few(
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         tl.store(at, z, mask=there & (feature < features)[None, :])
     else:
-        store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+        store(z, y, bias, row, tl.program_id(0), rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _of_groups(values, at, start, groups, GROUP: tl.constexpr, WIDE: tl.constexpr, SLICES: tl.constexpr):
+    """Scales or zero points [SLICES, BLOCK_N] of the groups in which slices begin; at [1, BLOCK_N]."""
+    group = tl.zeros([SLICES], tl.int32)
+    if GROUP:
+        group = tl.minimum((start + tl.arange(0, SLICES) * WIDE) // GROUP, groups - 1)
+    return tl.load(values + at + group[:, None])

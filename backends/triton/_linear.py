@@ -50,8 +50,8 @@ def linear(
     y = torch.empty((count, features // 2 if gated else features), dtype=computed(dtype), device=x.device)
     kept = torch.empty(rows.shape, dtype=computed(dtype), device=x.device) if return_residual else None
     x_scales, factor = None, 1.0
-    if columns == 0:  # no scale to read either
-        form = Form("dense", form.shape, form.values)
+    if columns == 0:  # no scale to read either; bytes, since not every chip has a type for fp8
+        form = Form("dense", form.shape, form.values.view(torch.uint8) if form.kind == "fp8" else form.values)
     elif form.rounding or norm != "none" or residual is not None or form.permutation is not None:
         held = _held(form, rows, norm, residual)
         rows, x_scales = prepared(
@@ -122,7 +122,8 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
         launch(
             multiply_few, (blocks(features, choice["BLOCK_N"]), split), x,
             x, x_scales, values, form.scales, form.zeros, bias, y, parts,
-            rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even, **common, **choice,
+            rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even,
+            STAGES=choice["num_stages"], **common, **choice,
         )  # fmt: skip
         _finish(parts, bias, y, activation, gated)
         return
@@ -133,10 +134,12 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     if group and not _foldable(form, x.dtype, columns):
         choice = choice | {"BLOCK_K": min(choice["BLOCK_K"], group)}
     left, right = x, values
-    if choice["TMA"] and not gated and _describable(x, values):
-        packed = 2 if kind in ("int4", "mxfp4") else 1
+    if choice["TMA"] and _describable(x, values):
+        block = [choice["BLOCK_N"], choice["BLOCK_K"] // (2 if kind in ("int4", "mxfp4") else 1)]
+        if gated:
+            values, block = values.view(2, features // 2, -1), [2, block[0] // 2, block[1]]
         left = TensorDescriptor.from_tensor(x, [choice["BLOCK_M"], choice["BLOCK_K"]])
-        right = TensorDescriptor.from_tensor(values, [choice["BLOCK_N"], choice["BLOCK_K"] // packed])
+        right = TensorDescriptor.from_tensor(values, block)
     choice = choice | {"TMA": left is not x}
     split = choice["SPLIT"]
     parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
@@ -144,7 +147,7 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     launch(
         multiply, grid, x,
         left, x_scales, right, form.scales, form.zeros, bias, y, parts,
-        rows, features, columns, x.stride(0), values.stride(0),
+        rows, features, columns, x.stride(0), values.stride(-2),
         EVEN=columns % choice["BLOCK_K"] == 0, **common, **choice,
     )  # fmt: skip
     _finish(parts, bias, y, activation, gated)

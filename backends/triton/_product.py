@@ -42,7 +42,8 @@ def multiply(
     zeros         like scales; None where the scheme is symmetric
     y             [rows, features], contiguous; where SPLIT > 1, parts float32 [SPLIT, rows, features]
     PTX           unpack nibbles by NVIDIA's own instructions: _ptx.pairs
-    TMA           x and weight are tensor descriptors of those arrays, with a tile of this kernel as their block
+    TMA           x and weight are tensor descriptors of those arrays, with a tile of this kernel as their block; where
+                  GATED, weight as [2, features / 2, columns], so that one block has rows of gates and of what they gate
     FACTOR        what every product is multiplied by besides
     """
     tile_m, tile_n = _tile(rows, features, BLOCK_M, BLOCK_N, BAND)
@@ -88,7 +89,7 @@ def multiply(
         if PACKED:
             half = start // 2 + tl.arange(0, BLOCK_K // 2)
             if TMA:
-                codes = weight.load([tile_n * BLOCK_N, start // 2])
+                codes = _described(weight, tile_n, start // 2, GATED, BLOCK_N, BLOCK_K // 2)
             else:
                 codes = loaded(weight_rows + half[None, :], half[None, :], (columns + 1) // 2, EVEN)
             even, odd = tl.split(tl.reshape(a.to(DOT), (BLOCK_M, BLOCK_K // 2, 2)))
@@ -102,7 +103,7 @@ def multiply(
             part = _dot(odd, high, _dot(even, low, None if AFTER else sums))
         else:
             if TMA:
-                codes = weight.load([tile_n * BLOCK_N, start])
+                codes = _described(weight, tile_n, start, GATED, BLOCK_N, BLOCK_K)
             else:
                 codes = loaded(weight_rows + column[None, :], column[None, :], columns, EVEN)
             b = bytes_(codes, spread, ZEROS, KIND, DOT)
@@ -131,7 +132,7 @@ def multiply(
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         tl.store(at, z, mask=(row < rows)[:, None] & (feature < features)[None, :])
     else:
-        store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+        store(z, y, bias, row, tile_n, rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -146,7 +147,7 @@ def finish(
     for share in tl.static_range(SPLIT):
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         z += tl.load(at, mask=(feature < features)[None, :], other=0.0)
-    store(z, y, bias, row, feature, rows, features, ACTIVATION, GATED, 1, BLOCK_N)
+    store(z, y, bias, row, tl.program_id(0), rows, features, ACTIVATION, GATED, 1, BLOCK_N)
 
 
 @triton.jit
@@ -158,6 +159,15 @@ def _tile(rows, features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl
     height = tl.minimum(tiles_m - band * BAND, BAND)
     within = index % (BAND * tiles_n)
     return band * BAND + within % height, within // height
+
+
+@triton.jit
+def _described(weight, tile, start, GATED: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile [BLOCK_N, WIDTH] of a weight that is a tensor descriptor; zeros past its ends."""
+    if GATED:
+        return tl.reshape(weight.load([0, tile * (BLOCK_N // 2), start]), (BLOCK_N, WIDTH))
+    else:
+        return weight.load([tile * BLOCK_N, start])
 
 
 @triton.jit

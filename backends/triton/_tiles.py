@@ -14,7 +14,7 @@ from ._launch import INTERPRETED, blocks, power
 PACKED = ("int4", "mxfp4")
 LARGE_SHARED = 200 << 10  # Hopper's and Blackwell's
 LARGEST_SPLIT = 16
-LARGE_ROWS = 1024  # from here on it pays that tensor descriptors are made for every call, some 20 us of the host's time
+LARGE_ROWS = 256  # from here on it pays that tensor descriptors are made for every call, some 20 us of the host's time
 
 
 @functools.lru_cache(4096)
@@ -43,18 +43,20 @@ def tiles(rows, features, columns, kind, dot, group, chip):
 def tiles_few(features, columns, kind, group, chip):
     """Tile sizes and launch options of _few.multiply_few.  SLICES is num_warps, so that each warp has its own."""
     large = chip.shared >= LARGE_SHARED
-    wide = (64 if kind == "dense" else 128) // (1 if large or INTERPRETED else 2)
+    packed = kind in PACKED
+    wide = (128 if packed or INTERPRETED else 64) // (1 if large or INTERPRETED else 2)
     wide = min(wide, group or wide)
     deep = columns >= 8192  # long shares hide what it costs to add them
-    short = wide < 64  # slices of a small group: more features and stages, so that as many bytes are on their way
-    block_n = 64 if short or features >= 64 * chip.processors else 16
-    block_n = 32 if deep else block_n
+    short = wide < 64 and packed  # slices of a small group: more stages, so that as many bytes are on their way
+    block_n = 16 if kind == "dense" else 32
+    block_n = 64 if features >= 64 * chip.processors else 32 if deep else block_n
     block_n = 128 if INTERPRETED else min(block_n, 64 if large else 32)
-    wanted = chip.processors * (2 if deep else 1)
+    wanted = chip.processors * (2 if deep or short else 1)
+    stages = 3 if kind == "dense" or packed else 5
     return {
         "BLOCK_N": block_n, "WIDE": wide, "SLICES": 4,
         "SPLIT": _split(blocks(features, block_n), wanted, columns, 4 * wide),
-        "num_warps": 4, "num_stages": 2 if not large else 4 if short else 3,
+        "num_warps": 4, "num_stages": 2 if not large else 4 if short else stages,
     }  # fmt: skip
 
 
@@ -70,16 +72,19 @@ def _some(rows, kind, chip):
     """(BLOCK_M, BLOCK_N, BLOCK_K, BAND, num_warps, num_stages)"""
     stages = 3 if chip.shared >= LARGE_SHARED else 2
     if kind in PACKED:
-        return 32 if rows <= 64 else 64, 128, 128, 8, 4, stages + 1
+        block_n, block_k = (64, 64) if chip.rdna else (128, 128)
+        return 32 if rows <= 64 else 64, block_n, block_k, 8, 4, stages + 1
     return power(rows, 32, 64), 64, 128, 8, 4, stages
 
 
 def _many(rows, features, dot, group, chip):
     eight_bits = dot.itemsize == 1
     if chip.shared < LARGE_SHARED:
-        return 128, 128, 128 if eight_bits else 64, 8, 8, 2
+        return 64 if chip.rdna and group else 128, 128, 128 if eight_bits else 64, 8, 8, 2
     if blocks(rows, 128) * blocks(features, 256) < chip.processors:
-        return 128, 128, 128 if eight_bits else 64, 8, 4, 4
+        if group:  # a second set of sums takes registers
+            return 128, 128, 128 if eight_bits else 64, 8, 8, 4
+        return (128, 128, 128, 8, 4, 4) if eight_bits else (128, 128, 64, 2, 8, 6)
     if group:  # scales within the loop take registers
         return 128, 128, 128, 8, 8, 5 if eight_bits else 3
     return (128, 256, 128, 16, 8, 4) if eight_bits else (256, 128, 64, 8, 8, 4)

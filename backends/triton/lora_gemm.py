@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._chip import chip_of
 from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device
 from ._tuned import choose
 
@@ -33,7 +34,7 @@ def run(y, x, a, b, adapters, scales):
     adapters, scales = adapters.contiguous(), scales.contiguous()
     target = y if computed(y.dtype) == y.dtype else y.to(computed(y.dtype))
     kind = {"dtype": x.dtype, "rank": power(rank), "rows": power(rows)}
-    tiles = dict(choose("lora_gemm", x.device, _tiles(rows, columns, rank), **kind))
+    tiles = dict(choose("lora_gemm", x.device, _tiles(rows, columns, rank, x.element_size(), chip_of(x)), **kind))
     split, block_m, block_r = tiles.pop("SPLIT"), tiles["BLOCK_M"], power(rank, 16)
     hidden = torch.empty((split, rows, rank), dtype=torch.float32, device=x.device)
     tiles_m = blocks(rows, block_m)
@@ -52,15 +53,21 @@ def run(y, x, a, b, adapters, scales):
         y.copy_(torch.where((adapters >= 0)[:, None], target.to(y.dtype), y))
 
 
-def _tiles(rows, columns, rank):
+def _tiles(rows, columns, rank, itemsize, chip):
     if INTERPRETED:
         return {
             "BLOCK_M": power(rows, 16, 64), "BLOCK_K": 512, "BLOCK_N": 512, "SPLIT": 2, "num_warps": 4, "num_stages": 1,
         }  # fmt: skip
-    block_k = 128 if rank <= 64 else 64
-    split = power(blocks(columns, 4 * block_k), most=16 if rows <= 256 else 2)
-    block_m = 16 if rows <= 256 else 64
-    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_N": 64, "SPLIT": split, "num_warps": 4, "num_stages": 3}
+    block_k, warps, stages = (128, 4, 3) if rank <= 64 else (32, 8, 3)  # addresses take two registers each
+    if itemsize == 4:  # multiplied and added one by one: a thread holds whole rows of a tile
+        block_k, warps, stages = 32 if rank <= 128 else 16, 8, 1
+    block_m = 16 if rows <= 256 or itemsize == 4 else 64
+    return {
+        "BLOCK_M": block_m, "BLOCK_K": block_k,
+        "BLOCK_N": 16 if chip.rdna else 64,  # there the product with b is one by one as well
+        "SPLIT": power(blocks(columns, 4 * block_k), most=16 if rows <= 256 else 2),
+        "num_warps": 8 if chip.rdna else warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 @triton.jit

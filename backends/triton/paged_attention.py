@@ -16,8 +16,16 @@ SHARE_BYTES = 256 << 20  # of partial results, where the keys of a sequence are 
 FAR = 2**30  # farther than any key is from any query
 
 
-def refuse(q, **others):
+def refuse(q, v_cache, **others):
     yield from refuse_device(q)
+    chip = chip_of(q)
+    if chip.rdna:  # a wave keeps whole rows of q in registers, on RDNA 3 each operand twice
+        wide = max(q.shape[2], v_cache.shape[3])
+        most = 128 if q.dtype == torch.float32 or chip.arch.startswith("gfx11") else 256
+        if wide > most:
+            dtype = str(q.dtype).removeprefix("torch.")
+            reason = f"dim={wide} in {dtype}; a wave of {chip.arch} has registers for {most} channels"
+            yield "SHAPE", reason, "use another backend for this call, or another chip"
 
 
 def run(
@@ -40,8 +48,9 @@ def run(
         dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     rows = group * min(queries, blocks(tokens, seqs))
     heuristic = _tiles(
-        chip, q.element_size(), k_cache.element_size(), rows, dim, v_dim, page_size, tree_mask is not None
-    )
+        chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim,
+        tree=tree_mask is not None,
+    )  # fmt: skip
     tiles = choose(
         "paged_attention", q.device, heuristic, dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim,
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
@@ -90,22 +99,29 @@ def run(
     return (out, lse) if return_lse else out
 
 
-def _tiles(chip, itemsize, cached, rows, dim, v_dim, page, tree):
+def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree):
     """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
     wide = max(dim, v_dim)
     if INTERPRETED:
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
-        block = 32 if wide <= 128 else 16
+        block = 32 if wide <= 128 and not chip.rdna else 16
         return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 8, "num_stages": 1}
     if chip.rdna:
-        return {"BLOCK_M": power(rows, 16, 32), "BLOCK_N": 16, "num_warps": 4 if rows <= 16 else 8, "num_stages": 1}
+        return {
+            "BLOCK_M": power(rows, 16, 32 if wide <= 128 else 16),
+            "BLOCK_N": 16,
+            "num_warps": 4 if rows <= 16 else 8,
+            "num_stages": 1,
+        }
     if rows <= 64 or wide > 256:  # decode: bytes in flight matter
         block_m = power(rows, 16, 64 if wide <= 256 else 16)
         if chip.amd:
             return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+        if keys <= 1024:  # few passes: smaller ones begin sooner
+            return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
         return {
             "BLOCK_M": block_m,
             "BLOCK_N": 128 if block_m == 16 and wide <= 128 and cached > 1 else 64,
@@ -119,7 +135,7 @@ def _tiles(chip, itemsize, cached, rows, dim, v_dim, page, tree):
     if chip.hopper:
         return {
             "BLOCK_M": 128,
-            "BLOCK_N": 128 if 64 < wide <= 128 and page % 64 else 64,
+            "BLOCK_N": 64,  # 128 are 6 % faster in long prompts, but spill some registers
             "num_warps": 8,
             "num_stages": 5 if wide <= 128 else 3,
         }

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._chip import chip_of
 from ._launch import INTERPRETED, launch, power, readable, refuse_device
 
 TRAITS = {
@@ -37,7 +38,7 @@ def run(logits, uniform, *, temperature, top_k, top_p, min_p):
     block = power(vocab, 16, 32768 if INTERPRETED else 4096)
     launch(
         _draw, (rows,), logits, given, *wishes, tokens, vocab, *given.stride(),
-        BLOCK=block, num_warps=max(1, min(16, block // 256)),
+        BLOCK=block, num_warps=max(1, min(8 if chip_of(logits).arch == "sm_80" else 16, block // 256)),
     )  # fmt: skip
     return tokens
 

@@ -19,6 +19,7 @@ ARRAYS = ("torch", "jax")
 DEVICES = ("cpu",)  # of torch tensors; jax arrays are where their program runs
 NATIVE = False  # XLA compiles for the chip at hand: what a first-use check would compile is compiled by no caller
 EMULATION = "Pallas's TPU interpreter"
+CACHE_AXES = (0, 2, 1, 3)  # of [pages page_size kv_heads dim], outermost first: tpu/paged_attention copies whole pages
 
 _emulated = False
 
@@ -44,3 +45,10 @@ def emulation() -> Iterator[None]:
 def emulated():
     """Whether an emulation is on."""
     return _emulated
+
+
+def notes(op, call):
+    """Lines for `explain` about a call that is taken: which program answers it, here and on a TPU."""
+    from ._program import notes
+
+    return [*notes(op, call)]

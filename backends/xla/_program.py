@@ -39,13 +39,25 @@ def chosen(op, *arrays, **options):
     return EITHER if traced else PALLAS
 
 
+def notes(op, call):
+    """What `explain` tells of a call that is taken: which program answers, and the blocks of the Pallas kernel."""
+    yield f"here: {chosen(op, **call)}"
+    described = {name: _described(x) for name, x in call.items()}
+    if kernel(op) is None:
+        yield "on a TPU: plain XLA; there is no Pallas kernel of this op"
+    elif refused := [*kernel(op).takes(**described)]:
+        yield f"on a TPU: plain XLA; the Pallas kernel does not take it: {refused[0][1]}"
+    else:
+        yield f"on a TPU: Pallas, {kernel(op).plan(**described)}"
+
+
 class Program:
     """plain(*arrays, **options), compiled, and the Pallas kernel of the same name in its place where that applies.
 
     Arrays are jax arrays, Weights or None; options are Python values, and each combination of them is a program.
     """
 
-    def __init__(self, plain, written=()):
+    def __init__(self, plain):
         self.op, self.plain = plain.__module__.rpartition(".")[2], plain
         self.compiled = jax.jit(self._answer, static_argnames=("options", "which"))
 

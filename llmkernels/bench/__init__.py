@@ -20,20 +20,23 @@ from llmkernels.bench import peers as others
 from llmkernels.bench.cases import timed
 from llmkernels.bench.dispatch import overhead
 from llmkernels.bench.subject import PEER_SLACK, Call, Subject, as_jax, bound
-from llmkernels.bench.timing import copies, seconds
+from llmkernels.bench.timing import Time, clocked, copies
 from llmkernels.discovery import REFERENCE, Unsupported, absent, backends, implementation, package
 from llmkernels.inputs import inputs
 from llmkernels.roofline import Ceilings
 from llmkernels.settings import use
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}  # timed where none is named
-BUDGET, QUICK_BUDGET = 0.6, 0.1  # seconds spent on each time
+BUDGET, GPU_BUDGET, QUICK_BUDGET = 0.6, 0.15, 0.1  # seconds spent on each time; graphs of calls settle soon
 PLATFORM = "vendor"  # what the platform's own libraries take is every other backend's peer
 
 
 @dataclass(frozen=True)
 class Row:
-    """One call on one backend.  Times are seconds; ratio_to_best_peer above 1 means faster than every peer."""
+    """One call on one backend.  Times are seconds; ratio_to_best_peer above 1 means faster than every peer.
+
+    launched: of the backend and the peers, those that no CUDA graph could hold, so that their times include launches.
+    """
 
     op: str
     backend: str
@@ -50,6 +53,7 @@ class Row:
     bytes: float
     operations: float
     arithmetic: str
+    launched: list[str] = field(default_factory=list)
     recorded: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
 
@@ -87,9 +91,9 @@ def measure(
     ceilings: Ceilings, calls: Iterable[Subject], backend: str | None = None, peers: bool = False, quick: bool = False
 ) -> Iterator[Row | NotTimed]:
     """Time each call on `backend`, or on every backend with a kernel for it; with `peers`, on other libraries too."""
-    budget = QUICK_BUDGET if quick else BUDGET
     for subject in calls:
-        times: dict[str, tuple[float, float, float]] = {}
+        budget = QUICK_BUDGET if quick else GPU_BUDGET if subject.device.startswith("cuda") else BUDGET
+        times: dict[str, tuple[Time, float, float]] = {}
         try:
             _ = subject.oracle, subject.near
         except torch.OutOfMemoryError as error:  # attention in float64 takes room for every pair
@@ -101,7 +105,7 @@ def measure(
                 yield NotTimed(subject.contract.name, name, subject.dtype, subject.case, told)
             else:
                 times[name] = told
-        rivals: dict[str, float] = {}
+        rivals: dict[str, Time] = {}
         for name, prepare in others.peers(subject.contract.name, quick) if peers and times else ():
             answer = _time_peer(subject, name, prepare, budget)
             if isinstance(answer, str):
@@ -129,8 +133,8 @@ def report(ceilings: Ceilings, lines: Iterable[Row | NotTimed]) -> dict[str, Any
     }
 
 
-def _time(subject: Subject, backend: str, budget: float) -> tuple[float, float, float] | str:
-    """(seconds, parity error, tolerance), or why the call was not timed."""
+def _time(subject: Subject, backend: str, budget: float) -> tuple[Time, float, float] | str:
+    """(time, parity error, tolerance), or why the call was not timed."""
     arrays = "torch" if backend == REFERENCE else package(backend).ARRAYS[0]
 
     def fresh() -> Call:
@@ -153,7 +157,7 @@ def _time(subject: Subject, backend: str, budget: float) -> tuple[float, float, 
         import jax
 
         runs = [partial(_wait, jax, run) for run in runs]
-    return seconds(runs, "cpu" if arrays == "jax" else subject.device, budget), error_, tolerance
+    return clocked(runs, "cpu" if arrays == "jax" else subject.device, budget), error_, tolerance
 
 
 def _wait(jax: Any, run: Callable[[], Any]) -> Any:
@@ -161,8 +165,8 @@ def _wait(jax: Any, run: Callable[[], Any]) -> Any:
     return jax.block_until_ready(run())
 
 
-def _time_peer(subject: Subject, name: str, prepare: others.Prepare, budget: float) -> float | str | None:
-    """Seconds, or why a peer that tried was not timed; None for a peer that has no answer to this call."""
+def _time_peer(subject: Subject, name: str, prepare: others.Prepare, budget: float) -> Time | str | None:
+    """Its time, or why a peer that tried was not timed; None for a peer that has no answer to this call."""
     call = subject.copy()
     try:
         run = prepare(call)
@@ -175,7 +179,7 @@ def _time_peer(subject: Subject, name: str, prepare: others.Prepare, budget: flo
     if wrong:
         return f"fails parity: {wrong}"
     runs = [made for _ in range(copies(subject)) if (made := prepare(subject.copy()))]
-    return seconds(runs, subject.device, budget)
+    return clocked(runs, subject.device, budget)
 
 
 def _raised(error: Exception) -> str:
@@ -183,18 +187,19 @@ def _raised(error: Exception) -> str:
     return f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _platform(times: dict[str, tuple[float, float, float]], backend: str) -> dict[str, float]:
+def _platform(times: dict[str, tuple[Time, float, float]], backend: str) -> dict[str, Time]:
     return {f"backend {PLATFORM}": times[PLATFORM][0]} if PLATFORM in times and backend != PLATFORM else {}
 
 
 def _row(
     subject: Subject,
     backend: str,
-    took: tuple[float, float, float],
-    peers: dict[str, float],
+    took: tuple[Time, float, float],
+    rivals: dict[str, Time],
     ceilings: Ceilings,
 ) -> Row:
-    time_, error, tolerance = took
+    own, error, tolerance = took
+    time_, peers = own.seconds, {name: found.seconds for name, found in rivals.items()}
     limit = ceilings.seconds(subject.cost, subject.arithmetic)
     ratio = min(peers.values()) / time_ if peers else None
     return Row(
@@ -213,4 +218,5 @@ def _row(
         bytes=subject.cost.bytes,
         operations=subject.cost.operations,
         arithmetic=subject.arithmetic,
+        launched=[name for name, found in {backend: own, **rivals}.items() if found.launched],
     )

@@ -1,13 +1,17 @@
 """How long a call takes: cold caches, real data, medians, or the best where threads wait for one another.
 
-On a CPU the same call is made on several copies of its arguments in turn, together larger than the last cache.  On a
-GPU a buffer larger than L2 is written before each call, and that write also hides the cost of the launch.
+The same call is made on several copies of its arguments in turn, together larger than the last cache; what is so small
+that even MOST_COPIES are not stays in it.  On a GPU the calls are captured in a CUDA graph, as an engine replays steps:
+what it costs the host to launch them is another number (dispatch.py).  A call that no graph can hold, since it reads an
+answer back, is launched one by one, and Time.launched says so; a buffer larger than L2 is then read before each call.
+(Written, its dirty lines would go back to memory while the clock runs: as many bytes again as the L2 holds.)
 """
 
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -20,19 +24,27 @@ LEAST = 3  # calls in a round, however long they take
 PATIENCE = 4  # times the budget that a busy machine may cost
 LAUNCHES = 10  # calls between two synchronisations of a GPU
 MOST_COPIES, MOST_BYTES = 128, 1 << 30
-FLUSH_BYTES = 1 << 29  # larger than any GPU's L2; writing it takes about 100 us, longer than a launch
+FLUSH_BYTES = 1 << 29  # larger than any GPU's L2; reading it takes about 150 us, longer than a launch
+GPU_BYTES = 1 << 28  # all copies of a call on a GPU: five times the L2 of an H100
 UNKNOWN_CACHE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Time:
+    """seconds of one call; launched: on a GPU, one by one by the host, since no CUDA graph could hold the call."""
+
+    seconds: float
+    launched: bool = False
 
 
 def copies(subject: Subject) -> int:
     """How many copies of the arguments it takes to outgrow the caches."""
-    if subject.device.startswith("cuda"):
-        return 1
-    wanted = -(-2 * last_cache() // max(subject.nbytes, 1))
+    total = GPU_BYTES if subject.device.startswith("cuda") else 2 * last_cache()
+    wanted = -(-total // max(subject.nbytes, 1))
     return max(1, min(wanted, MOST_COPIES, MOST_BYTES // max(subject.nbytes, 1)))
 
 
-def seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> float:
+def clocked(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> Time:
     """The time of one call: the median on a GPU and on one CPU thread, the best on several.
 
     Threads wait for one another by spinning, and one that another program has pushed aside keeps all of them waiting
@@ -50,14 +62,14 @@ def seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> fl
     for run in runs[1:]:
         run()
     if device.startswith("cuda"):
-        return _gpu_seconds(runs, device, budget)
+        return _gpu_time(runs, device, budget)
     middle = statistics.median if torch.get_num_threads() == 1 else min
     turns = cycle(runs)
     found: list[float] = []
     start = time.perf_counter()
     while not found or (len(found) < ROUNDS and time.perf_counter() - start < PATIENCE * budget):
         found.append(middle(_cpu_times(turns, budget / ROUNDS)))
-    return min(found)
+    return Time(min(found))
 
 
 def _cpu_times(turns: Iterator[Callable[[], Any]], budget: float) -> list[float]:
@@ -73,18 +85,42 @@ def _once(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _gpu_seconds(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> float:
+def _gpu_time(runs: Sequence[Callable[[], Any]], device: str, budget: float) -> Time:
     import torch
 
-    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    if graph := _captured(runs):
+        return Time(_gpu_median(lambda: None, graph.replay, budget) / len(runs))
+    scratch = torch.ones(FLUSH_BYTES // 4, device=device)
     turns = cycle(runs)
+    return Time(_gpu_median(scratch.sum, lambda: next(turns)(), budget), launched=True)
+
+
+def _captured(runs: Sequence[Callable[[], Any]]) -> Any:
+    """A CUDA graph of all the calls, one after the other; None where one of them waits for the GPU."""
+    import torch
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for run in runs:
+                run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    graph.replay()
+    return graph
+
+
+def _gpu_median(before: Callable[[], Any], run: Callable[[], Any], budget: float) -> float:
+    import torch
+
     times: list[float] = []
     end = time.perf_counter() + budget
     while not times or time.perf_counter() < end:
         marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(LAUNCHES)]
         for start, stop in marks:
-            run = next(turns)
-            scratch.zero_()
+            before()
             start.record()
             run()
             stop.record()

@@ -19,7 +19,7 @@ import torch
 
 from llmkernels import registry
 from llmkernels.bench.subject import Subject, bound
-from llmkernels.bench.timing import copies, seconds
+from llmkernels.bench.timing import clocked, copies
 from llmkernels.discovery import Unsupported, backends
 from llmkernels.settings import use
 
@@ -167,7 +167,7 @@ def _time(subject: Subject, run: Callable) -> float | str:
         if wrong:
             return f"fails parity: {wrong}"
         runs = [bound(subject.contract, run, subject.copy()) for _ in range(copies(subject))]
-        return seconds(runs, subject.device, BUDGET)
+        return clocked(runs, subject.device, BUDGET).seconds
     except Exception as error:  # tiles that do not compile, or do not fit, are no candidates
         if subject.device.startswith("cuda"):
             _raise_if_broken(subject.device)

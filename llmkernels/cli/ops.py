@@ -73,6 +73,7 @@ def explanation_json(told: "Explanation") -> dict[str, Any]:
                 "verdict": c.verdict,
                 "reasons": [{"code": r.code, "reason": r.reason, "fix": r.fix} for r in c.reasons],
             }
+            | ({"notes": list(c.notes)} if c.notes else {})
             for c in told.candidates
         ],
         "chosen": told.chosen,
@@ -161,3 +162,5 @@ def _show(told: "Explanation") -> None:
         for r in c.reasons:
             screen.print(f"{'':12} {r.code}: {r.reason}", markup=False)
             screen.print(f"{'':12} -> {r.fix}", markup=False, style="dim")
+        for note in c.notes:
+            screen.print(f"{'':12} {note}", markup=False)

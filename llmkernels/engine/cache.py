@@ -27,6 +27,13 @@ class KVCache:
         for held in (self.k.view(torch.uint8), self.v.view(torch.uint8)):  # bytes: not every dtype can be indexed
             held[:, destinations] = held[:, sources]
 
+    def move(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Slots (source, destination), a slot being page * page_size + offset: all are read before any is written."""
+        sources, destinations = torch.tensor(pairs, device=self.k.device).unbind(1)
+        for held in (self.k.view(torch.uint8), self.v.view(torch.uint8)):
+            rows = held.flatten(1, 2)
+            rows[:, destinations] = rows[:, sources]
+
     def scales_from(self, sample: "KVCache", pages: int) -> None:
         """Set the scales so that the largest key and value in the first `pages` pages of `sample` just fit."""
         kind = self.k.dtype

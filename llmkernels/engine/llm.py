@@ -1,17 +1,25 @@
 """LLM(...).generate and .stream: requests in, text out, and the loop between."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmkernels.engine.audit import problems
 from llmkernels.engine.beam import Beam, BeamParams, search
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.grammar import Grammars
 from llmkernels.engine.graphs import DecodeGraphs
+from llmkernels.engine.lora import Adapters
+from llmkernels.engine.options import (
+    CACHE_DTYPES,
+    build_speculator,
+    default_params,
+    device_of,
+    end_tokens,
+    one_of,
+    read_draft,
+)
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
@@ -19,10 +27,9 @@ from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
 from llmkernels.engine.scheduler import Scheduler, Sequence
 from llmkernels.engine.snapshot import snapshot
+from llmkernels.engine.speculative import Speculation
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
-from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
-
-CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+from llmkernels.engine.weights import DTYPES, Checkpoint, load
 
 Prompt = str | list[int]
 
@@ -51,6 +58,7 @@ class LLM:
         max_sequences: requests that run at once at most, never more than max_batch_tokens; the others wait.
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
+        speculation: guess tokens ahead, by a draft model, by n-grams, or both; the texts stay the same.
         graphs: record decode steps and replay them: the same results with less work between the kernels.
 
     Raises:
@@ -74,6 +82,7 @@ class LLM:
         max_sequences: int = 64,
         max_length: int | None = None,
         prefix_reuse: bool = True,
+        speculation: Speculation | None = None,
         graphs: bool = True,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
@@ -84,30 +93,35 @@ class LLM:
         self.config = checkpoint.config
         self.max_length = min(max_length or self.config.context, self.config.context)
         self.tokenizer = read_tokenizer(checkpoint.path, tokenizer)
-        self._eos = _eos(checkpoint)
+        self._eos = end_tokens(checkpoint)
         self._grammars = self.tokenizer and Grammars(self.tokenizer, self.config.vocab, self._eos)
-        self.default_params = _default_params(checkpoint.generation)
+        self.default_params = default_params(checkpoint.generation)
 
-        kind = _one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
-        cached = kind if kv_cache_dtype == "auto" else _one_of("kv_cache_dtype", kv_cache_dtype, (kind, *CACHE_DTYPES))
+        kind = one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
+        cached = kind if kv_cache_dtype == "auto" else one_of("kv_cache_dtype", kv_cache_dtype, (kind, *CACHE_DTYPES))
         cache_dtype = (DTYPES | CACHE_DTYPES)[cached]
-        place = _device(device)
+        place = device_of(device)
+        draft = read_draft(speculation, self.config, self.max_length)
         one_page = page_bytes(self.config, page_size, cache_dtype)
+        if draft:
+            one_page += page_bytes(draft.config, page_size, DTYPES[draft.config.dtype])
         useful = max_sequences * -(-self.max_length // page_size)
         pages = kv_cache_pages or min(kv_cache_bytes // one_page, useful)
         if pages < 1:
             raise ValueError(f"kv_cache_bytes is {kv_cache_bytes}; a page of {page_size} tokens takes {one_page}")
-        pool = PagePool(pages)
+        pool, guesses = PagePool(pages), speculation.guesses if speculation else 0
         prefix = PrefixCache(pool, page_size) if prefix_reuse else None
-        self._scheduler = Scheduler(pool, page_size, max_batch_tokens, min(max_sequences, max_batch_tokens), prefix)
+        together = min(max_sequences, max_batch_tokens)
+        self._scheduler = Scheduler(pool, page_size, max_batch_tokens, together, prefix, guesses)
 
         model = load(checkpoint, kind, place, self.max_length, quantize, quantize_head)
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(
-            model, cache, DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
-        )
+        speculator = build_speculator(speculation, draft, pages, page_size, self.max_length, place)
+        recorded = DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
+        self._adapters = Adapters(model)
+        self._runner = Runner(model, cache, recorded, speculator)
 
     def generate(
         self,
@@ -115,6 +129,7 @@ class LLM:
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         salt: str | None = None,
+        adapter: str | None = None,
     ) -> list[Output]:
         """Answer one prompt or many, all together.  Returns params.n outputs for each prompt, in the prompts' order.
 
@@ -122,6 +137,7 @@ class LLM:
             prompts: texts, or lists of token ids, or one of either.
             params: for all prompts, or one for each; None takes `default_params`: what generation_config.json says.
             salt: prefixes are shared with requests of the same salt only.
+            adapter: the name of the adapter to answer with; see load_adapter.
 
         Raises:
             ValueError: a prompt is empty, too long, or holds an id that is no token; nothing has run then.
@@ -130,11 +146,11 @@ class LLM:
         each = params if isinstance(params, list) else [params] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one for all, or one each")
-        requests = [self._request(prompt, wishes, salt) for prompt, wishes in zip(batch, each, strict=True)]
+        requests = [self._request(prompt, wishes, salt, adapter) for prompt, wishes in zip(batch, each, strict=True)]
         outputs = [output for request in requests for output in request]
         try:
             for request in requests:
-                self._scheduler.add(request[0]._sequence)
+                self._queue(request)
             while any(output.finish_reason is None for output in outputs):
                 self.step()
         finally:
@@ -143,7 +159,12 @@ class LLM:
         return outputs
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
     ) -> Iterator[Delta]:
         """Answer one prompt, piece by piece:  for delta in llm.stream("Once"): print(delta.text, end="")
 
@@ -151,7 +172,7 @@ class LLM:
         The n outputs of params.n come interleaved.  Closing the iterator aborts the request.  Requests of other streams
         advance with it.
         """
-        return self._follow(self.add(prompt, params, salt=salt))
+        return self._follow(self.add(prompt, params, salt=salt, adapter=adapter))
 
     def beam_search(self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None) -> list[Beam]:
         """The likeliest answers to a prompt that beam search finds, params.width of them, the best first.
@@ -162,8 +183,9 @@ class LLM:
         wishes = SamplingParams(
             max_tokens=params.max_tokens, top_logprobs=params.width + len(self._eos), ignore_eos=True
         )
-        outputs = self._request(prompt, wishes, salt)
+        outputs = self._request(prompt, wishes, salt, None)
         first, scheduler = outputs[0]._sequence, self._scheduler
+        first.plain = True
         start, length = len(first.tokens), first.limit - len(first.tokens)
         shared = start // scheduler.page_size
         pages = shared + params.width * (-(-first.limit // scheduler.page_size) - shared)
@@ -193,31 +215,58 @@ class LLM:
         decode = self.tokenizer.decode if self.tokenizer else lambda tokens: ""
         return [replace(beam, text=decode(beam.tokens)) for beam in beams]
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None) -> list[Output]:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+    ) -> list[Output]:
         """Queue a request without running it; each `step` brings its params.n Outputs further.
 
         The prompt is computed once; its answers share its pages.  ValueErrors as in `generate`.
         """
-        outputs = self._request(prompt, params, salt)
-        self._scheduler.add(outputs[0]._sequence)
+        outputs = self._request(prompt, params, salt, adapter)
+        self._queue(outputs)
         return outputs
 
     def step(self) -> bool:
         """One forward pass for every request that has its turn; False when there was nothing to do."""
+        self._adapters.sweep()
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
         choices = self._runner.run(chunks)
-        self._scheduler.advance(chunks, [chosen.token for chosen in choices])
+        gained = self._scheduler.advance(chunks, [taken[-1].token for taken in choices])
         ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
-        for output, chosen in zip(ends, choices, strict=True):
-            self._take(output, chosen)
+        for output, taken, count in zip(ends, choices, gained, strict=True):
+            for number, chosen in enumerate(taken[:count], 1):
+                if self._take(output, chosen, output.finish_reason if number == count else None):
+                    break
             for token in output._forced():
                 self._scheduler.extend(output._sequence, token)
-                self._take(output, Chosen(token))
+                self._take(output, Chosen(token), output.finish_reason)
                 if output.finish_reason:
                     break
         return True
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read a LoRA adapter in PEFT's format from the directory `path`; requests name it by `name`.
+
+        Raises:
+            CheckpointError (a ValueError): it cannot be used, or is not for this model.  ValueError: the name is taken.
+        """
+        self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter; those that were asked for finish first.  ValueError: it is not loaded."""
+        self._adapters.unload(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that can be asked for."""
+        return self._adapters.names
 
     def prepare(self, params: SamplingParams | None) -> Any:
         """Compile what such a request needs, maybe for seconds, on any thread; while it lives, `add` is quick."""
@@ -232,10 +281,10 @@ class LLM:
         self._scheduler.end(output._sequence)
 
     def stats(self) -> dict[str, int]:
-        """Requests that run and wait; pages used, idle (with keys that are kept) and empty; preemptions, reuse; decode
-        steps that were replayed, and that were not."""
+        """Requests that run and wait; pages used, idle (their keys are kept) and empty; preemptions, reuse; tokens
+        guessed, and those that came true; decode steps that were replayed, and that were not."""
         scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
-        graphs = self._runner.graphs
+        graphs, speculator = self._runner.graphs, self._runner.speculator
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -245,6 +294,8 @@ class LLM:
             "preemptions": scheduler.preemptions,
             "prefix_asked_tokens": prefix.asked if prefix else 0,
             "prefix_found_tokens": prefix.found if prefix else 0,
+            "guessed_tokens": speculator.guessed if speculator else 0,
+            "accepted_tokens": speculator.accepted if speculator else 0,
             "decode_replayed_steps": graphs.replayed if graphs else 0,
             "decode_plain_steps": graphs.plain if graphs else 0,
         }
@@ -264,10 +315,13 @@ class LLM:
             raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
         return self.tokenizer.encode(text).ids
 
-    def _take(self, output: Output, chosen: Chosen) -> None:
-        if output._receive(chosen):
+    def _take(self, output: Output, chosen: Chosen, reason: str | None) -> bool:
+        """Hand a token on, the last one if there is a reason; True where a stop string ends the text with it."""
+        ended = output._receive(chosen, reason)
+        if ended:
             self._scheduler.end(output._sequence)
             output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
+        return ended
 
     def _fork(self, output: Output, length: int, token: int) -> Output:
         """One that goes on with `token` behind the first `length` tokens of this one's sequence."""
@@ -290,7 +344,13 @@ class LLM:
             for output in outputs:
                 self.abort(output)
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None, salt: str | None) -> list[Output]:
+    def _queue(self, outputs: list[Output]) -> None:
+        self._scheduler.add(outputs[0]._sequence)
+        self._adapters.use([output._sequence for output in outputs])
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams | None, salt: str | None, adapter: str | None
+    ) -> list[Output]:
         """The outputs to be, params.n of them; the first one's sequence holds the others as forks."""
         params = self.default_params if params is None else params
         if not isinstance(prompt, (str, list, tuple)):
@@ -305,12 +365,16 @@ class LLM:
                 raise ValueError(f"{token!r} is not a token id; this model's are 0 to {self.config.vocab - 1}")
         if len(ids) >= self.max_length:
             raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for more")
+        used = None if adapter is None else self._adapters.find(adapter)
+        scope = salt if used is None else (salt, used.number)
         seed = draw_seed() if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         limit = min(len(ids) + params.max_tokens, self.max_length)
         grammar, outputs = self.prepare(params), []
         for i in range(params.n):
-            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=salt)
+            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=scope)
+            if used:
+                sequence.adapter = used.slot
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
             stops = StopStrings(params.stop)
             output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
@@ -325,40 +389,3 @@ class LLM:
 def _batch(prompts: Prompt | list[Prompt]) -> list[Any]:
     """Always a list of prompts."""
     return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
-
-
-def _eos(checkpoint: Checkpoint) -> frozenset[int]:
-    """The tokens that end a text: generation_config.json says so, else config.json; one, several or none."""
-    ids = checkpoint.generation["eos_token_id"]
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"{checkpoint.path}: eos_token_id is {ids!r}; it must be an integer or a list of them")
-    return frozenset(ids)
-
-
-def _default_params(generation: dict[str, Any]) -> SamplingParams:
-    """What generation_config.json asks for: greedy, unless it says do_sample."""
-    params = SamplingParams()
-    if generation.get("do_sample"):
-        wishes = {name: generation[name] for name in ("top_k", "top_p", "min_p") if generation.get(name) is not None}
-        params = replace(params, temperature=generation.get("temperature") or 1.0, **wishes)
-    return params
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    value = str(value).removeprefix("torch.")
-    if value not in allowed:
-        raise CheckpointError(f"{name} is {value!r}; use one of auto, {', '.join(allowed)}")
-    return value
-
-
-def _device(wish: str) -> torch.device:
-    if wish == "auto":
-        wish = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wish)
-    except RuntimeError:
-        raise ValueError(f"device is {wish!r}; use 'auto', 'cpu', 'cuda' or 'cuda:<index>'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {wish!r}, but torch finds no GPU; use device='cpu'")
-    return device

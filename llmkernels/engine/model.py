@@ -13,7 +13,7 @@ A layer is eight calls, and no arithmetic happens outside them:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,11 +54,24 @@ class ModelConfig:
 
 
 @dataclass
+class Delta:
+    """What adapters add to the columns `start` to `stop` of a product: a [count rank in], b [count out rank], scales
+    [count], as `lora_gemm` takes them."""
+
+    start: int
+    stop: int
+    a: torch.Tensor
+    b: torch.Tensor
+    scales: torch.Tensor
+
+
+@dataclass
 class Linear:
-    """weight [out in], dense or a QuantizedWeight, and its bias [out] or None."""
+    """weight [out in], dense or a QuantizedWeight, and its bias [out] or None; deltas: by name, see engine/lora.py."""
 
     weight: Any
     bias: torch.Tensor | None = None
+    deltas: dict[str, Delta] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,6 +101,8 @@ class Batch:
     block_table: int32 [seqs max_pages].  seq_lens: int32 [seqs], keys with the new ones.  cu_seqlens_q: int32 [seqs+1].
     rows: int64 [samples], the tokens whose logits are wanted; None: all of them.
     max_seqlen_q, max_seqlen_k: upper bounds, rounded up so that few different ones occur.
+    tree_mask: uint32 [tokens 1], where a sequence's new tokens are a tree of guesses: those that each of them sees.
+    adapters: int32 [tokens], -1 for none; None where no token has an adapter.
     """
 
     tokens: torch.Tensor
@@ -99,6 +114,8 @@ class Batch:
     rows: torch.Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
+    tree_mask: torch.Tensor | None = None
+    adapters: torch.Tensor | None = None
 
 
 @dataclass
@@ -126,21 +143,35 @@ class Model:
         return self.decode(self.embedding[batch.tokens], batch, cache)
 
     def decode(self, x: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
-        """`forward` behind the embedding: x is [tokens hidden].  Nothing but ops where batch.rows is None."""
+        """`forward` behind the embedding, x [tokens hidden]: nothing but ops, where rows is None."""
         residual: Any = None
+        adapters = batch.adapters
         for index, layer in enumerate(self.layers):
-            qkv, residual = self._normed(x, residual, layer.input_norm, layer.qkv)
-            x = _product(self._attention(index, layer, qkv, batch, cache), layer.o)
-            h, residual = self._normed(x, residual, layer.post_norm, layer.gate_up, activation="swiglu")
-            x = _product(h, layer.down)
+            qkv, residual = self._normed(x, residual, layer.input_norm, layer.qkv, adapters)
+            x = _product(self._attention(index, layer, qkv, batch, cache), layer.o, adapters)
+            h, residual = self._normed(x, residual, layer.post_norm, layer.gate_up, adapters, "swiglu")
+            x = _product(h, layer.down, adapters)
         if batch.rows is not None:
             x, residual = x[batch.rows], residual[batch.rows]
         return self._normed(x, residual, self.norm, self.head)[0]
 
     def _normed(
-        self, x: torch.Tensor, residual: Any, norm: torch.Tensor, linear: Linear, activation: str = "none"
+        self,
+        x: torch.Tensor,
+        residual: Any,
+        norm: torch.Tensor,
+        linear: Linear,
+        adapters: torch.Tensor | None = None,
+        activation: str = "none",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """activation(linear(norm(s))), and s = x + residual; the first layer has no residual yet, its s is x."""
+        if adapters is not None and linear.deltas:  # between the product and the activation, adapters come in
+            if residual is None:
+                h, total = llmkernels.rms_norm(x, norm, eps=self.config.eps), x
+            else:
+                h, total = llmkernels.rms_norm(x, norm, residual=residual, eps=self.config.eps)
+            y = _product(h, linear, adapters)
+            return (llmkernels.silu_and_mul(y) if activation == "swiglu" else y), total
         given = {} if residual is None else {"residual": residual, "return_residual": True}
         results = llmkernels.norm_linear_activation(
             x, linear.weight, norm_weight=norm, bias=linear.bias, activation=activation, eps=self.config.eps, **given
@@ -168,13 +199,18 @@ class Model:
             window=(layer.window, -1),
             max_seqlen_q=batch.max_seqlen_q,
             max_seqlen_k=batch.max_seqlen_k,
+            tree_mask=batch.tree_mask,
             **scales,
         )
         return attended.flatten(1)
 
 
-def _product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
-    return llmkernels.norm_linear_activation(x, linear.weight, norm="none", bias=linear.bias)
+def _product(x: torch.Tensor, linear: Linear, adapters: torch.Tensor | None = None) -> torch.Tensor:
+    y: torch.Tensor = llmkernels.norm_linear_activation(x, linear.weight, norm="none", bias=linear.bias)
+    if adapters is not None:
+        for delta in linear.deltas.values():
+            llmkernels.lora_gemm(y[:, delta.start : delta.stop], x, delta.a, delta.b, adapters, delta.scales)
+    return y
 
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

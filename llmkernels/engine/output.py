@@ -51,8 +51,8 @@ class Output:
         """How many tokens of the prompt had their keys in the cache when the request first ran."""
         return self._sequence.cached or 0
 
-    def _receive(self, chosen: Chosen) -> bool:
-        """Take the next token in; True where the text ends before a stop string."""
+    def _receive(self, chosen: Chosen, reason: str | None) -> bool:
+        """Take the next token in, with which the text ends if there is a reason; True where a stop string ends it."""
         self.tokens.append(chosen.token)
         if chosen.logprob is not None:
             self.logprobs.append(chosen.logprob)
@@ -62,9 +62,9 @@ class Output:
             self.guide.accept(chosen.token)
         if not self._detokenizer:
             return False
-        piece = "" if self.finish_reason == "stop" else self._detokenizer.push(chosen.token)
+        piece = "" if reason == "stop" else self._detokenizer.push(chosen.token)
         piece, ended = self._stops.push(piece)
-        self.text += piece if ended or not self.finish_reason else piece + self._stops.flush()
+        self.text += piece if ended or not reason else piece + self._stops.flush()
         return ended
 
     def _forced(self) -> list[int]:

@@ -124,8 +124,10 @@ class Answer(Protocol):
     params: SamplingParams
     seed: int
     prompt_tokens: list[int]
-    tokens: list[int]
     guide: Guide | None
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
 
 
 class Chosen(NamedTuple):

@@ -19,6 +19,10 @@ never one that ran before and lost its pages.
 
 Pages are shared by sequences that have the same tokens up to there: a prefix found at admission, a page that two
 sequences computed at the same time, forks of one prompt.  Who is about to write into a shared page gets a copy first.
+
+Speculation takes what is left: when everybody has its tokens and nobody more can be admitted, sequences that decode
+get room for guesses behind their token, as far as the budget and the free pages go.  Guesses never cause a preemption.
+Those that came true are tokens like others; of the rest neither pages nor counts remain after the step.
 """
 
 from collections import deque
@@ -45,9 +49,16 @@ class Sequence:
     stop: token ids that end the text.
     scope: what its keys depend on besides its tokens; see PrefixCache.
     forks: sequences with the same prompt that start from this one's pages once the prompt is computed.
+    adapter: which of the loaded adapters it runs with; -1: none.
     payload: the caller's, untouched.
+    plain: no guesses are made behind its tokens.
+    memory: what speculation knows of its tokens; see NGrams.
     computed: the first so many tokens have their keys and values in pages.
+    settled: so many of them were tokens before their step ran, not guesses that came true in it; a draft model has the
+        keys of these too, so their pages may be found by others.
     pages: ids of its pages, in order; token i is in pages[i // page_size].
+    decoding: its chunk of one token, used in step after step: a thousand new ones take longer than the rest of a step.
+    row, written: its place in the block table, and how many of its pages stand there as they are; see BlockTable.
     cached: how many tokens' keys were there when it first ran.  None: it has not run yet.
     overtaken: how many that came later were admitted before it.
     finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit), or what `end` was told.
@@ -59,20 +70,31 @@ class Sequence:
     stop: frozenset[int] = frozenset()
     scope: Hashable = None
     forks: "list[Sequence]" = field(default_factory=list)
+    adapter: int = -1
     payload: Any = None
+    plain: bool = False
+    memory: Any = None
     computed: int = 0
+    settled: int = 0
     pages: list[int] = field(default_factory=list)
+    decoding: "Chunk | None" = None
+    row: int = -1
+    written: int = 0
     cached: int | None = None
     overtaken: int = 0
     finish_reason: str | None = None
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """Tokens start to start + count of a sequence run in this step.
 
     samples: they end it, so a new token follows.
     copy: a page whose keys must be copied before the step runs, and the page they go to; None: no copy.
+    room: how many guesses may follow the chunk; its sequence has pages for them.
+    guesses, parents: up to `room` tokens that may follow, filled in before the step runs.  A guess continues the guess
+        at parents[i] < i, or the chunk where that is -1; so they are a chain, or a tree.
+    accepted: the guesses that came true, in order, filled in when it has run.
     """
 
     sequence: Sequence
@@ -80,6 +102,10 @@ class Chunk:
     count: int
     samples: bool
     copy: tuple[int, int] | None = None
+    room: int = 0
+    guesses: Row[int] = ()
+    parents: Row[int] = ()
+    accepted: Row[int] = ()
 
 
 class Scheduler:
@@ -88,6 +114,7 @@ class Scheduler:
     max_batch_tokens: tokens a step at most.
     max_sequences: sequences that run at once at most; not more than max_batch_tokens, so that each gets on each step.
     prefix: where keys that were computed before are looked up; None: nowhere.
+    guesses: how many guesses a sequence may have verified in a step.
     """
 
     def __init__(
@@ -97,6 +124,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_sequences: int,
         prefix: PrefixCache | None = None,
+        guesses: int = 0,
     ):
         if not 1 <= max_sequences <= max_batch_tokens:
             raise ValueError(
@@ -104,7 +132,7 @@ class Scheduler:
                 "give 1 <= max_sequences <= max_batch_tokens, a token each step for each sequence"
             )
         self.pool, self.page_size, self.prefix = pool, page_size, prefix
-        self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
+        self.max_batch_tokens, self.max_sequences, self.guesses = max_batch_tokens, max_sequences, guesses
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -126,8 +154,18 @@ class Scheduler:
         while len(self.running) > self.max_sequences:  # after forks
             self._preempt()
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
+        size, users = self.page_size, self.pool.users
         while len(chunks) < len(self.running):
-            chunk = self._plan(self.running[len(chunks)], 1 + spare)
+            sequence = self.running[len(chunks)]
+            start, page = sequence.computed, sequence.computed // size
+            if start + 1 == len(sequence.tokens) and page < len(sequence.pages) and users(sequence.pages[page]) == 1:
+                chunk = sequence.decoding  # nothing but a token more, as nearly always
+                if chunk is None or chunk.room:
+                    chunk = sequence.decoding = Chunk(sequence, start, 1, True)
+                chunk.start = start
+                chunks.append(chunk)
+                continue
+            chunk = self._plan(sequence, 1 + spare)
             if chunk:
                 chunks.append(chunk)
                 spare -= chunk.count - 1
@@ -140,23 +178,41 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             chunks.append(chunk)
             spare -= chunk.count
+        if self.guesses:
+            for chunk in chunks:
+                spare -= self._make_room(chunk, min(spare, self.guesses))
         return chunks
 
-    def advance(self, chunks: Row[Chunk], sampled: Row[int]) -> None:
-        """The chunks ran, and those that sample gave these tokens, in order."""
-        tokens = iter(sampled)
+    def advance(self, chunks: Row[Chunk], sampled: Row[int]) -> list[int]:
+        """The chunks ran, and those that sample gave these tokens behind what they accepted, in order.
+
+        Returns how many tokens each of those has gained: accepted and sampled ones, as far as they do not end it.
+        """
+        tokens, gained, prefix, size = iter(sampled), [], self.prefix, self.page_size
         for chunk in chunks:
             sequence = chunk.sequence
             token = next(tokens) if chunk.samples else None
-            if sequence.finish_reason:
-                continue  # aborted while the step ran
-            sequence.computed += chunk.count
-            if self.prefix:
-                self._keep(self.prefix, sequence, chunk.start)
-            if token is not None:
-                if sequence.forks:
-                    self._fork(sequence)
-                self.extend(sequence, token)
+            if sequence.finish_reason:  # aborted while the step ran
+                gained += [0] * chunk.samples
+                continue
+            before, settled = sequence.settled, chunk.start + chunk.count
+            sequence.settled, sequence.computed = settled, settled + len(chunk.accepted)
+            if prefix and settled % size < settled - before:  # a page is full
+                self._keep(prefix, sequence, before)
+            if token is None:
+                continue
+            if sequence.forks:
+                self._fork(sequence)
+            if chunk.room:
+                gained.append(self._append(sequence, [*chunk.accepted, token]))
+                continue
+            sequence.tokens.append(token)
+            gained.append(1)
+            if token in sequence.stop:
+                self._finish(sequence, "stop")
+            elif len(sequence.tokens) >= sequence.limit:
+                self._finish(sequence, "length")
+        return gained
 
     def extend(self, sequence: Sequence, token: int) -> None:
         """The running sequence goes on with this token, sampled or known without that; it may be its last."""
@@ -172,12 +228,15 @@ class Scheduler:
         It runs right behind this one; where that does not run, it waits in front.
         """
         child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
-        child.pages, child.computed = [], 0
+        child.pages, child.computed, child.settled, child.memory, child.row = [], 0, 0, None, -1
+        child.decoding = None
         if sequence not in self.running:
             self.waiting.appendleft(child)
             return child
-        full = length // self.page_size
-        child.computed = length if sequence.computed < (full + 1) * self.page_size else full * self.page_size
+        known = min(length, sequence.settled)
+        full = known // self.page_size * self.page_size
+        child.computed = known if sequence.computed < full + self.page_size else full
+        child.settled = child.computed
         child.pages = sequence.pages[: -(-child.computed // self.page_size)]  # not the last one, once full and kept
         self.pool.share(child.pages)
         self.running.insert(self.running.index(sequence) + 1, child)
@@ -185,12 +244,40 @@ class Scheduler:
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
+        if sequence.finish_reason:
+            return
         if sequence in self.running or sequence in self.waiting:
             self._finish(sequence, reason)
         for parent in (*self.running, *self.waiting):
             if sequence in parent.forks:
                 parent.forks.remove(sequence)
                 sequence.finish_reason = reason
+
+    def _append(self, sequence: Sequence, tokens: list[int]) -> int:
+        """The sequence goes on with these tokens, or with the first of them, which end it.  How many they were."""
+        before = len(sequence.tokens)
+        for token in tokens:
+            self.extend(sequence, token)
+            if sequence.finish_reason:
+                break
+        count = -(-len(sequence.tokens) // self.page_size)
+        if len(sequence.pages) > count:  # there were guesses, and they were wrong
+            self.pool.give_back(sequence.pages[count:])
+            del sequence.pages[count:]
+            sequence.written = min(sequence.written, count)
+        return len(sequence.tokens) - before
+
+    def _make_room(self, chunk: Chunk, most: int) -> int:
+        """Slots for so many guesses behind the chunk, or fewer: where it decodes, and pages are free.  How many."""
+        sequence = chunk.sequence
+        count = len(sequence.tokens)
+        most = min(most, sequence.limit - count - 1)  # a token follows the last guess
+        if not chunk.samples or chunk.count > 1 or sequence.plain or sequence.forks or most < 1:
+            return 0
+        missing = -(-(count + most) // self.page_size) - len(sequence.pages)
+        sequence.pages += self.pool.take(min(missing, self.pool.free)) or [] if missing > 0 else []
+        chunk.room = min(most, len(sequence.pages) * self.page_size - count)
+        return chunk.room
 
     def _plan(self, sequence: Sequence, most: int) -> Chunk | None:
         """The sequence's next chunk, of at most so many tokens; None, and nothing changed, where pages are short.
@@ -209,6 +296,7 @@ class Scheduler:
                 copy = pages[first], taken.pop()
                 self.pool.give_back(copy[:1])
                 pages[first] = copy[1]
+                sequence.written = min(sequence.written, first)
             pages += taken
         count = min(len(sequence.tokens) - start, most)
         return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
@@ -235,7 +323,7 @@ class Scheduler:
             return None  # before the prompt is looked up again
         if self.prefix:
             sequence.pages = self.prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
-            sequence.computed = len(sequence.pages) * self.page_size
+            sequence.computed = sequence.settled = len(sequence.pages) * self.page_size
         chunk = self._plan(sequence, most)
         if not chunk:
             self._blocked = sequence, -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
@@ -248,11 +336,14 @@ class Scheduler:
         return chunk
 
     def _keep(self, prefix: PrefixCache, sequence: Sequence, start: int) -> None:
-        """The pages that are full since `start` may be found by others."""
+        """The pages that are full of settled tokens, and were not when those were `start`, may be found by others."""
         pages, size = sequence.pages, self.page_size
-        for i in range(start // size, sequence.computed // size):
+        for i in range(start // size, sequence.settled // size):
             before = pages[i - 1] if i else None
-            pages[i] = prefix.add(sequence.scope, before, sequence.tokens[i * size : (i + 1) * size], pages[i])
+            page = prefix.add(sequence.scope, before, sequence.tokens[i * size : (i + 1) * size], pages[i])
+            if page != pages[i]:
+                pages[i] = page
+                sequence.written = min(sequence.written, i)
 
     def _fork(self, parent: Sequence) -> None:
         """Its forks run from here on, right behind it.  Each computes the prompt's last token again, for its logits."""
@@ -261,7 +352,7 @@ class Scheduler:
             if len(self.running) == self.max_sequences:
                 late.append(child)
                 continue
-            child.computed = child.cached = len(child.tokens) - 1
+            child.computed = child.settled = child.cached = len(child.tokens) - 1
             child.pages = parent.pages[: -(-len(child.tokens) // self.page_size)]
             self.pool.share(child.pages)
             self.running.insert(at, child)
@@ -277,17 +368,18 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         """End it.  Forks that still wait for its prompt go on: the first takes its place, and its pages."""
-        sequence.finish_reason = reason
+        sequence.finish_reason, sequence.decoding = reason, None
         queue = self.running if sequence in self.running else self.waiting
         if not sequence.forks:
             queue.remove(sequence)
             self._release(sequence)
             return
         heir, *heir.forks = sequence.forks
-        heir.pages, heir.computed, heir.cached = sequence.pages, sequence.computed, sequence.cached
+        heir.pages, heir.computed, heir.settled = sequence.pages, sequence.computed, sequence.settled
+        heir.cached = sequence.cached
         sequence.pages, sequence.forks = [], []
         queue[queue.index(sequence)] = heir
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.computed = [], 0
+        sequence.pages, sequence.computed, sequence.settled, sequence.written = [], 0, 0, 0

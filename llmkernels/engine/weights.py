@@ -63,7 +63,7 @@ class Checkpoint:
         generation = self.path / "generation_config.json"
         self.generation = {"eos_token_id": raw.get("eos_token_id")}
         self.generation |= read_json(generation) if generation.is_file() else {}
-        self._files = {name: _open(self.path / name) for name in self._file_names()}
+        self._files = {name: open_tensors(self.path / name) for name in self._file_names()}
         self._place = {tensor: file for file in self._files.values() for tensor in file.keys()}  # noqa: SIM118 (not a dict)
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
@@ -270,7 +270,8 @@ def _joined(prefix: str, weights: list[QuantizedWeight]) -> QuantizedWeight:
         raise CheckpointError(f"{prefix}: its projections cannot be one product: {error}") from None
 
 
-def _open(file: Path) -> Any:
+def open_tensors(file: Path) -> Any:
+    """A safetensors file whose header is sound, or CheckpointError."""
     try:
         tensors = safe_open(file, framework="pt")  # checks that sizes, offsets and the file's length agree
         with file.open("rb") as stream:

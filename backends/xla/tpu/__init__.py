@@ -2,4 +2,5 @@
 
 takes(*arrays, **options)   yields (code, reason, fix) for what the kernel does not take; shapes and dtypes only
 run(*arrays, **options)     the op over jax arrays; interpreted where emulated() is true
+plan(*arrays, **options)    what its cost model chose, in words, for `explain`
 """

@@ -1,6 +1,6 @@
 """Ragged paged attention in one Pallas kernel: decode, chunked prefill and tree verification, mixed in one grid.
 
-    q [tokens heads dim] -- XLA gathers --> tiles [tile kv_head row dim]     row = token in the tile * group + head in it
+    q [tokens heads dim] -- XLA gathers --> tiles [tile kv_head row dim]     row = token in tile * group + head in it
                                              |
     grid step = one tile of one sequence     v       pages in HBM [page kv_head slot dim], ids from the block table
       +-----------------------------------------+      +------+------+------+------+------+
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._numbers import LANES, SUBLANES, cleared, multiplied_as, multiply, rows_of_pages
+from ._numbers import LANES, cleared, multiplied_as, multiply, rows_of_pages
 from ._tiles import FIELDS, Tiles, cut
 
 MASKED = -1e30  # finite, so that a row of nothing but masked scores gives no NaN
@@ -103,7 +103,7 @@ def attend(
         ),
         out_shape=[jax.ShapeDtypeStruct((count, kv_heads, rows, width), dtype) for width, dtype in results],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.vmem_limit or None
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.vmem_limit, disable_bounds_checks=True
         ),
         name="ragged_paged_attention",
         interpret=interpret,
@@ -120,22 +120,22 @@ def _scales(k_scale, v_scale, kv_heads):
 
 def _kernel(options, tiles, work, table, scales, q, *refs):
     """One tile.  In SMEM: work [FIELDS * tiles + 1], table [seqs * max_pages], both int32, scales [2 * kv_heads]."""
-    refs = list(refs)
-    sinks, slopes, words = (refs.pop(0) if there else None for there in (options.sinks, options.slopes, options.words))
-    k_hbm, v_hbm, out = refs[:3]
-    lse = refs[3] if options.lse else None
-    k_buffer, v_buffer, top, total, acc, arrived = refs[-6:]
+    given = list(refs)
+    sinks, slopes, words = (given.pop(0) if there else q for there in (options.sinks, options.slopes, options.words))
+    k_hbm, v_hbm, out = given[:3]
+    lse = given[3] if options.lse else None
+    k_buffer, v_buffer, top, total, acc, arrived = given[-6:]
     count, step, kv_heads = pl.num_programs(0), pl.program_id(0), q.shape[1]
 
     def tile(t):
         return [work[field * count + t] for field in range(FIELDS)]
 
     here = tile(step)
-    row, first_page, end_page, number, position, first_key, end_key, live, following, base = here
+    _row, first_page, end_page, number, position, first_key, end_key, live, following, base = here
     blocks = pl.cdiv(end_page - first_page, tiles.pages)
 
-    def copies(of, block, act):
-        """Start, or wait for, the copies of a block of the tile `of`: as many pages as there are."""
+    def fetch(of, block):
+        """Start to copy a block of the tile `of`: as many pages as there are."""
         row, first, end, number = of[:4]
         buffer = lax.rem(number + block, 2)
         for i in range(tiles.pages):
@@ -144,15 +144,28 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
             @pl.when(index < end)
             def _(i=i, index=index):
                 page = table[row + index]
-                for which, (pages, held) in enumerate(((k_hbm, k_buffer), (v_hbm, v_buffer))):
-                    copy = pltpu.make_async_copy(pages.at[page], held.at[buffer, i], arrived.at[buffer, which])
-                    getattr(copy, act)()
+                pltpu.make_async_copy(k_hbm.at[page], k_buffer.at[buffer, i], arrived.at[buffer, 0]).start()
+                pltpu.make_async_copy(v_hbm.at[page], v_buffer.at[buffer, i], arrived.at[buffer, 1]).start()
+
+    def await_pages(block, full):
+        """Wait for this tile's block: once where all of its pages come, since a semaphore counts bytes."""
+        buffer = lax.rem(number + block, 2)
+        for which, held in enumerate((k_buffer, v_buffer)):
+            if full:
+                pltpu.make_async_copy(held.at[buffer], held.at[buffer], arrived.at[buffer, which]).wait()
+                continue
+            for i in range(tiles.pages):
+
+                @pl.when(first_page + block * tiles.pages + i < end_page)
+                def _(i=i, which=which, held=held):
+                    page = held.at[buffer, i]
+                    pltpu.make_async_copy(page, page, arrived.at[buffer, which]).wait()
 
     leading = work[FIELDS * count]
 
     @pl.when((step == 0) & (leading < count))
     def _():
-        copies(tile(leading), 0, "start")
+        fetch(tile(leading), 0)
 
     top[...] = jnp.full_like(top, MASKED)
     total[...] = jnp.zeros_like(total)
@@ -191,10 +204,11 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
             seen &= key <= own + options.window[1]
         return seen
 
-    def update(heads, part, buffer, begin, edge):
+    def update(first_head, part, buffer, begin, edge):
         """The rows `part` of some heads against a block: top, total and acc."""
         dtype = multiplied_as(q.dtype)
-        held = pl.ds(heads[0], len(heads))
+        held = pl.ds(first_head, tiles.heads_at_once)
+        heads = [first_head + i for i in range(tiles.heads_at_once)]
         s = jnp.stack([scores(h, part, rows_of_pages(k_buffer[buffer, :, h], dtype), begin, edge) for h in heads])
         before = top[held, part]
         after = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
@@ -208,11 +222,18 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
 
     def multiply_block(block, edge):
         buffer, begin = lax.rem(number + block, 2), (first_page + block * tiles.pages) * options.page_size
+        await_pages(block, not edge)
         if edge:
             _clear(v_buffer, buffer, first_key - begin, end_key - begin)
-        for h in range(0, kv_heads, tiles.heads_at_once):
-            for r in range(0, tiles.rows, tiles.rows_at_once):
-                update(range(h, h + tiles.heads_at_once), pl.ds(r, tiles.rows_at_once), buffer, begin, edge)
+        if tiles.unrolled:  # short updates: the schedule hides the latency of one behind others
+            for h in range(0, kv_heads, tiles.heads_at_once):
+                update(h, pl.ds(0, tiles.rows), buffer, begin, edge)
+            return
+
+        @pl.loop(0, kv_heads * (tiles.rows // tiles.rows_at_once))
+        def _(i):
+            first_row = lax.div(i, kv_heads) * tiles.rows_at_once
+            update(lax.rem(i, kv_heads), pl.ds(first_row, tiles.rows_at_once), buffer, begin, edge)
 
     def whole(begin, end):
         """Whether every row of the tile sees every key of the block."""
@@ -229,22 +250,29 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
 
     @pl.loop(0, blocks)
     def _(block):
-        @pl.when(block + 1 < blocks)
-        def _():
-            copies(here, block + 1, "start")
+        more = block + 1 < blocks
+        fetched = jnp.where(more, step, following)
 
-        @pl.when((block + 1 == blocks) & (following < count))
+        @pl.when(fetched < count)
         def _():
-            copies(tile(following), 0, "start")
+            fetch(tile(fetched), jnp.where(more, block + 1, 0))
 
-        copies(here, block, "wait")
         begin = (first_page + block * tiles.pages) * options.page_size
         inside = whole(begin, begin + tiles.pages * options.page_size)
         pl.when(inside)(lambda: multiply_block(block, False))
         pl.when(jnp.logical_not(inside))(lambda: multiply_block(block, True))
 
     for h in range(kv_heads):
-        _finish(h, scales[kv_heads + h] if options.scaled else None, sinks, top, total, acc, out, lse)
+        _finish(
+            h,
+            scales[kv_heads + h] if options.scaled else None,
+            sinks if options.sinks else None,
+            top,
+            total,
+            acc,
+            out,
+            lse,
+        )
 
 
 def _token(part, shape, group):

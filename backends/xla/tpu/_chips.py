@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import emulated
+
 MIB = 1 << 20
 INTERPRETED = 1 << 30  # bytes
 
@@ -25,6 +27,8 @@ class Chip:
         vmem: bytes.
         bandwidth: bytes/s of HBM.
         rate: bfloat16 operations/s.
+        fp8, int8: whether the matrix unit multiplies them.
+        pages: of a block of attention at most: each is a copy that the program spells out.
     """
 
     name: str
@@ -34,8 +38,9 @@ class Chip:
     vmem: int
     bandwidth: float
     rate: float
-    fp8: bool = False  # the matrix unit multiplies it
+    fp8: bool = False
     int8: bool = True
+    pages: int = 16
 
     @property
     def vmem_limit(self):
@@ -46,10 +51,6 @@ class Chip:
     def tile_rows(self):
         """Rows of queries that one pass over the keys serves."""
         return 2 * self.matrix
-
-    @property
-    def block_keys(self):
-        return 512
 
 
 CHIPS = {
@@ -64,9 +65,15 @@ CHIPS = {
 }
 
 
+# Blocks of two pages, so that short sequences have several: what a test must see is how one follows the other.
+INTERPRETER = Chip("the interpreter", "", "", 128, 16 * MIB, 0.0, 0.0, pages=2)
+
+
 def current():
     """The chip that a program is compiled for; where none is known, v4, whose sizes fit every other."""
-    device = jax.config.jax_default_device
+    if emulated():
+        return INTERPRETER
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None and jax.default_backend() == "tpu":
         device = jax.devices()[0]
     kind = getattr(device, "device_kind", "")

@@ -8,14 +8,19 @@ Shapes decide how many tiles there are: tokens // size + seqs, or tokens where t
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ._numbers import LANES, SUBLANES, tile_rows
 
 FIELDS = 10  # numbers of one tile in `scalars`
-MOST_PAGES = 16  # of a block: each is a copy that the program spells out
-SCORES = 16 * 1024  # of one update: 16 registers, and 16 of their exponentials
+MOST_UNROLLED = 16  # rows
+# From libtpu's schedules (docs/tpu.md): with more keys a block each costs fewer bundles, until registers spill.
+DECODE_KEYS = 768
+SCORES = 24 * 1024  # of an unrolled update: 24 of the 64 registers
+PREFILL_KEYS = 256
+ROWS = 128  # of an update in a loop
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Tiles:
         rows: of one KV head in a tile: tokens * group, rounded up to whole vector registers.
         pages: copied and multiplied at once.
         heads_at_once, rows_at_once: of one update, whose scores should stay in registers.
+        unrolled: whether the updates of a block stand one after the other in the program, or in a loop.
         vmem: bytes that the kernel takes, as the cost model sees it.
         vmem_limit: bytes that the compiler may take.
     """
@@ -36,6 +42,7 @@ class Tiles:
     pages: int
     heads_at_once: int
     rows_at_once: int
+    unrolled: bool
     vmem: int
     vmem_limit: int
 
@@ -51,9 +58,9 @@ class Work:
         place: [tokens], where each token lies: tile * size + index.
     """
 
-    scalars: object
-    token: object
-    place: object
+    scalars: jax.Array
+    token: jax.Array
+    place: jax.Array
     size: int
     group: int
     rows: int
@@ -120,7 +127,7 @@ def cut(seq_lens, cu_seqlens_q, *, tokens, max_pages, page_size, group, tiles, c
     return Work(scalars, jnp.minimum(token, tokens - 1), place, size, group, tiles.rows)
 
 
-def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype, stored, longest=None):
+def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype, stored, costly=False, longest=None):
     """Sizes for a call on this chip.
 
     Decode is bound by copies: a tile is one token, and a block as many pages as keep some copies of at least
@@ -128,6 +135,7 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
     keys to be read once for as many rows as VMEM has room for.
 
     Args:
+        costly: whether scores go through a soft cap, slopes or a tree mask, which take registers of their own.
         longest: new tokens of a sequence at most, where the caller knows it.
     """
     mean = -(-tokens // max(seqs, 1))
@@ -136,13 +144,20 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
     unit = SUBLANES if size * group <= SUBLANES else tile_rows(dtype)
     rows = -(-size * group // unit) * unit
     page_bytes = kv_heads * page_size * (lanes(dim) + lanes(v_dim)) * jnp.dtype(stored).itemsize
-    pages = max(1, min(chip.block_keys // page_size, MOST_PAGES, chip.vmem_limit // 2 // (4 * page_bytes)))
-    keys = pages * page_size
-    height = _divisor(rows, max(unit, SCORES // keys), unit)
-    at_once = _divisor(kv_heads, max(1, SCORES // (height * keys)), 1)
+    unrolled, narrow = rows <= MOST_UNROLLED, costly or needs_float32(dtype, stored)
+    wanted = (DECODE_KEYS if unrolled and not narrow else PREFILL_KEYS) // page_size
+    pages = max(1, min(wanted, chip.pages, chip.vmem_limit // 2 // (4 * page_bytes)))
+    scores = SCORES // 6 if narrow else SCORES
+    height = rows if unrolled else _divisor(rows, max(unit, ROWS // 8 if narrow else ROWS), unit)
+    at_once = _divisor(kv_heads, max(1, scores // (rows * pages * page_size)), 1) if unrolled else 1
     row_bytes = (2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize
     vmem = 2 * pages * page_bytes + kv_heads * rows * row_bytes
-    return Tiles(size, rows, pages, at_once, height, vmem, chip.vmem_limit)
+    return Tiles(size, rows, pages, at_once, height, unrolled, vmem, chip.vmem_limit)
+
+
+def needs_float32(dtype, stored):
+    """Whether keys are float32 on their way: as such, or between 8 bits and bfloat16, or as bits of a float16."""
+    return jnp.dtype(dtype) == jnp.float32 or jnp.dtype(stored) not in (jnp.bfloat16, jnp.int8)
 
 
 def _divisor(of, most, unit):

@@ -25,9 +25,10 @@ def takes(
         reason = f"tree_mask has {tree_mask.shape[1]} words; takes at most {MOST_WORDS}"
         yield "SHAPE", reason, f"verify at most {MOST_WORDS * 32} tokens of a sequence at once"
     if 0 in q.shape or 0 in k_cache.shape or 0 in block_table.shape:
-        yield "SHAPE", f"q is {list(q.shape)}, block_table {list(block_table.shape)}; a grid needs a tile", "do not call"
+        reason = f"q is {list(q.shape)}, block_table {list(block_table.shape)}; a grid needs a tile"
+        yield "SHAPE", reason, "give at least one token and one page"
         return
-    scalars = 4 * (block_table.shape[0] * block_table.shape[1] + FIELDS * count_tiles(q.shape[0], *seq_lens.shape, 1))
+    scalars = 4 * (block_table.shape[0] * block_table.shape[1] + FIELDS * count_tiles(q.shape[0], seq_lens.shape[0], 1))
     if scalars > SMEM:
         reason = f"block_table and tiles take {scalars} bytes of scalar memory; there are {SMEM}"
         yield "SHAPE", reason, "use larger pages, or fewer sequences a call"
@@ -41,7 +42,8 @@ def run(
 ):  # fmt: skip
     # No copy where the cache lies as [pages kv_heads page_size dim], which is how this backend allocates it.
     k_pages, v_pages = (carried(jnp.swapaxes(cache, 1, 2)) for cache in (k_cache, v_cache))
-    tiles = sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, current())
+    costly = bool(soft_cap) or alibi_slopes is not None or tree_mask is not None
+    tiles = sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, costly, current())
     out, lse = attend(
         q.astype(multiplied_as(q.dtype)), k_pages, v_pages, block_table, seq_lens, cu_seqlens_q,
         scale=q.shape[2] ** -0.5 if scale is None else scale, causal=causal, window=window, soft_cap=soft_cap,
@@ -52,21 +54,25 @@ def run(
     return (out, lse) if return_lse else out
 
 
-def sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, chip):
+def sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, costly, chip):
     """The tiles of this call on this chip."""
     kv_heads = k_cache.shape[2]
     stored = jnp.uint16 if k_cache.dtype == jnp.float16 else k_cache.dtype
     return choose(
         chip, tokens=q.shape[0], seqs=seq_lens.shape[0], kv_heads=kv_heads, group=q.shape[1] // kv_heads,
         dim=q.shape[2], v_dim=v_cache.shape[3], page_size=k_cache.shape[1], dtype=multiplied_as(q.dtype),
-        stored=stored, longest=max_seqlen_q,
+        stored=stored, costly=costly, longest=max_seqlen_q,
     )  # fmt: skip
 
 
-def plan(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, max_seqlen_q=None, **options):
+def plan(
+    q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, max_seqlen_q=None, soft_cap=0.0, alibi_slopes=None,
+    tree_mask=None, **_options,
+):  # fmt: skip
     """What the cost model chose, in words, for `explain`."""
     chip = current()
-    t = sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, chip)
+    costly = bool(soft_cap) or alibi_slopes is not None or tree_mask is not None
+    t = sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, costly, chip)
     keys, kv_heads = t.pages * k_cache.shape[1], k_cache.shape[2]
     copied = keys * kv_heads * (k_cache.shape[3] + v_cache.shape[3]) * jnp.dtype(k_cache.dtype).itemsize
     return (

@@ -15,7 +15,7 @@ from llmkernels.registry import describe
 Call = Mapping[str, Any]
 Prepare = Callable[[Call], Callable[[], Any] | None]
 
-MODULES = ("small_ops", "attention", "gemm", "flashinfer", "onnxruntime", "ggml")
+MODULES = ("small_ops", "attention", "gemm", "gpu", "flashinfer", "onnxruntime", "ggml")
 PEERS: dict[str, dict[str, Prepare]] = {}
 OWN_ROUNDING: set[str] = set()  # names of peers that round x to int8 in groups of their own
 SLOW = ("torch.compile", "torch.compile, frozen")  # seconds of preparation for every shape: left out of quick runs

@@ -1,0 +1,94 @@
+"""Tokens a second of the engine on a GPU, its decode steps as CUDA graphs and not: the same text, or no number.
+
+    python bench/engine_gpu.py --json FILE
+
+The shipped checkpoint, and random weights of Llama 3.2 1B's shape (written into the cache folder on the first run).
+Decode is 128 tokens after a prompt of 16, greedy, for 1 and 16 sequences at once; the best of some rounds counts.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from engine import RANDOM, SHIPPED, checkpoint, folder, random_checkpoint
+
+from llmkernels import ledger, roofline, status, use
+from llmkernels.engine import LLM, SamplingParams
+
+PROMPT, DECODE, ROUNDS = 16, 128, 3
+KINDS = {
+    SHIPPED: ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+    RANDOM: ({"dtype": "bfloat16"}, {"quantize": "w4a16_g128"}),
+}
+SEQUENCES = (1, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--backend", default="triton", help="which must answer every call")
+    parser.add_argument("--model", choices=tuple(KINDS), help="only this one")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    rows = []
+    for model in [options.model] if options.model else KINDS:
+        for kind in KINDS[model]:
+            for sequences in SEQUENCES:
+                rows += measure(model, kind, sequences, options.backend)
+                print(json.dumps(rows[-2]), json.dumps(rows[-1]), sep="\n", flush=True)
+    if options.json:
+        facts = {"device": roofline.device_name("cuda"), "versions": status.versions(), "rows": rows}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def measure(model: str, kind: dict, sequences: int, backend: str) -> list[dict]:
+    """A row with graphs and one without.  SystemExit where their texts differ."""
+    if model == RANDOM and not (checkpoint(model) / "config.json").exists():
+        folder().mkdir(mode=0o700, exist_ok=True)
+        random_checkpoint(checkpoint(model))
+    rows, texts = [], []
+    for graphs in (True, False):
+        with use(backend, policy="strict"):
+            found, text = decode(model, kind, sequences, graphs)
+        rows.append({"model": model, **kind, "sequences": sequences, "graphs": graphs, "backend": backend, **found})
+        texts.append(text)
+    if texts[0] != texts[1]:
+        raise SystemExit(f"{model} {kind}, {sequences} sequences: with graphs the engine writes another text")
+    return rows
+
+
+def decode(model: str, kind: dict, sequences: int, graphs: bool) -> tuple[dict, list[list[int]]]:
+    """(tokens a second of decoding, and of everything, of all sequences together; steps), and what was written."""
+    llm = LLM(
+        checkpoint(model), tokenizer=False, device="cuda", max_length=512, prefix_reuse=False, graphs=graphs, **kind
+    )
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, llm.config.vocab, (sequences, PROMPT), generator=generator).tolist()
+
+    def run(tokens: int) -> tuple[float, list[list[int]]]:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
+        return time.perf_counter() - start, [list(output.tokens) for output in outputs]
+
+    run(DECODE), run(DECODE)  # compiles, packs, records
+    ledger.reset()
+    first = min(run(1)[0] for _ in range(ROUNDS))
+    whole, text = min((run(DECODE) for _ in range(ROUNDS)), key=lambda pair: pair[0])
+    stats = llm.stats()
+    found = {
+        "decode_tokens_per_second": round(sequences * (DECODE - 1) / (whole - first), 1),
+        "milliseconds_per_step": round(1e3 * (whole - first) / (DECODE - 1), 3),
+        "replayed_steps": stats["decode_replayed_steps"],
+        "plain_steps": stats["decode_plain_steps"],
+    }
+    return found, text
+
+
+if __name__ == "__main__":
+    main()

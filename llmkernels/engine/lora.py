@@ -1,0 +1,213 @@
+"""Adapters in PEFT's format, many in one batch: LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+An adapter adds scale * B A to some projections.  All that are loaded lie stacked, and `lora_gemm` gives each row its
+own; a step in which no row has one does not come here at all.  Read are adapter_config.json and
+adapter_model.safetensors; what would mean other arithmetic than that (DoRA, biases, trained embeddings, changed base
+weights) is refused by its name.  https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkernels.engine.model import Delta, Linear, Model
+from llmkernels.engine.scheduler import Sequence
+from llmkernels.engine.weights import CheckpointError, open_tensors, read_json
+
+MOST_ADAPTERS = 64
+MOST_RANK = 512
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+REFUSED = (  # keys of the config that change the arithmetic, unless they are empty
+    *("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication"),
+    *("lora_bias", "use_qalora", "use_bdlora", "trainable_token_indices", "target_parameters", "arrow_config"),
+    *("alora_invocation_tokens", "megatron_config"),
+)
+BASE_CHANGED = ("pissa", "olora", "corda", "loftq")  # ways to begin that leave a remainder in the base weights
+
+
+@dataclass(eq=False)
+class Adapter:
+    """A loaded adapter: its place in the stacks, and the sequences that use it.
+
+    number: of this loading: keys that were computed with it are found under it, and under no later one of its name.
+    """
+
+    name: str
+    slot: int
+    number: int
+    users: list[Sequence] = field(default_factory=list)
+
+    def busy(self) -> bool:
+        """Does anybody use it still?"""
+        self.users = [sequence for sequence in self.users if not sequence.finish_reason]
+        return bool(self.users)
+
+
+class Adapters:
+    """The adapters of a model, by name; and those unloaded whose last requests are still running."""
+
+    def __init__(self, model: Model):
+        self._model = model
+        self._named: dict[str, Adapter] = {}
+        self._leaving: list[Adapter] = []
+        self._numbers = count(1)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self._named]
+
+    def find(self, name: str) -> Adapter:
+        """The adapter of this name; ValueError where none is loaded."""
+        if name in self._named:
+            return self._named[name]
+        if any(adapter.name == name for adapter in self._leaving):
+            raise ValueError(f"adapter {name!r} is being unloaded; load it again to use it")
+        known = ", ".join(self._named) or "none"
+        raise ValueError(f"there is no adapter {name!r}; loaded are: {known}")
+
+    def use(self, sequences: list[Sequence]) -> None:
+        """The answers to a request, which run from now on with the adapter whose slot they name."""
+        for adapter in self._named.values():
+            if adapter.slot == sequences[0].adapter:
+                adapter.busy()  # forgets those that have ended
+                adapter.users += sequences
+
+    def load(self, name: str, path: str | Path) -> None:
+        """Read an adapter; a CheckpointError (a ValueError) leaves everything as it was."""
+        self.sweep()
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an adapter's name is {name!r}; give a text of at least one character")
+        if name in self._named:
+            raise ValueError(f"adapter {name!r} is loaded already; unload it first, or choose another name")
+        taken = {adapter.slot for adapter in (*self._named.values(), *self._leaving)}
+        if len(taken) == MOST_ADAPTERS:
+            raise ValueError(f"{MOST_ADAPTERS} adapters are loaded, which is the most; unload one")
+        slot = next(slot for slot in count() if slot not in taken)
+        scale, pairs = read(Path(path), self._model)
+        changed = []
+        for key, linear, start, rows, width in modules(self._model):
+            if (pair := pairs.get(key)) is not None or key in linear.deltas:
+                sizes = start, rows, width
+                changed.append((key, linear, _stacked(linear.deltas.get(key), sizes, slot, scale, pair, self._model)))
+        for key, linear, delta in changed:
+            linear.deltas[key] = delta
+        self._named[name] = Adapter(name, slot, next(self._numbers))
+
+    def unload(self, name: str) -> None:
+        """Nobody may ask for it from now on; another one may take its place when its last request has ended."""
+        self._leaving.append(self.find(name))
+        del self._named[name]
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Forget those that were unloaded and are used no more; when none is left, the stacks as well."""
+        if not self._leaving:
+            return
+        for adapter in [*self._leaving]:
+            if not adapter.busy():
+                self._leaving.remove(adapter)
+        if not self._named and not self._leaving:
+            for _, linear, *_ in modules(self._model):
+                linear.deltas.clear()
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def modules(model: Model) -> Iterator[tuple[str, Linear, int, int, int]]:
+    """What adapters may change: its name, the product it is a part of, its first row there, its rows and columns."""
+    config = model.config
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden, inner = config.hidden, config.intermediate
+    for index, layer in enumerate(model.layers):
+        for linear, block, width, parts in (
+            (layer.qkv, "self_attn", hidden, {"q_proj": queries, "k_proj": keys, "v_proj": keys}),
+            (layer.o, "self_attn", queries, {"o_proj": hidden}),
+            (layer.gate_up, "mlp", hidden, {"gate_proj": inner, "up_proj": inner}),
+            (layer.down, "mlp", inner, {"down_proj": hidden}),
+        ):
+            start = 0
+            for part, rows in parts.items():
+                yield f"{index}.{block}.{part}", linear, start, rows, width
+                start += rows
+
+
+def read(path: Path, model: Model) -> tuple[float, dict[str, Pair]]:
+    """The scale of an adapter, and by module its lora_A [rank in] and lora_B [out rank]."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path.name} is not a directory; give that of an adapter, where {FILES[0]} is")
+    rank, scale = _read_config(path / FILES[0])
+    tensors = open_tensors(path / FILES[1])
+    found: dict[str, dict[str, str]] = {}
+    for name in tensors.keys():  # noqa: SIM118 (not a dict)
+        match = TENSOR.fullmatch(name)
+        if not match:
+            raise CheckpointError(
+                f"{path.name}: {name} is not supported; adapters may change the projections of layers"
+            )
+        index, block, part, side = match.groups()
+        found.setdefault(f"{int(index)}.{block}.{part}", {})[side] = name
+    pairs = {}
+    for key, _, _, rows, width in modules(model):
+        if sides := found.pop(key, None):
+            shapes = {"A": (rank, width), "B": (rows, rank)}
+            for side, shape in shapes.items():
+                have = tuple(tensors.get_slice(sides[side]).get_shape()) if side in sides else None
+                if have != shape:
+                    what = "missing" if have is None else f"of shape {have}"
+                    raise CheckpointError(f"{path.name}: lora_{side} of {key} is {what}; this model needs {shape}")
+            pairs[key] = tensors.get_tensor(sides["A"]), tensors.get_tensor(sides["B"])
+    if found:
+        raise CheckpointError(f"{path.name}: it changes {', '.join(sorted(found)[:3])}, which this model does not have")
+    if not pairs:
+        raise CheckpointError(f"{path.name}: {FILES[1]} holds nothing; save the adapter again")
+    return scale, pairs
+
+
+def _read_config(file: Path) -> tuple[int, float]:
+    """Rank and scale; CheckpointError where the adapter is none of the kind that is read here."""
+    raw = read_json(file)
+    name = file.parent.name
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{name}: peft_type is {raw.get('peft_type')!r}; only LORA is supported")
+    for key in REFUSED:
+        if raw.get(key):
+            raise CheckpointError(f"{name}: {key} is {raw[key]!r:.60}, which is not supported; train it without")
+    if raw.get("bias", "none") != "none":
+        raise CheckpointError(f"{name}: bias is {raw['bias']!r}; only adapters with bias='none' are supported")
+    begun = raw.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(BASE_CHANGED):
+        raise CheckpointError(f"{name}: init_lora_weights is {begun!r}, which changes the base weights; convert it")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
+        raise CheckpointError(f"{name}: r is {rank!r}; it must be an integer from 1 to {MOST_RANK}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise CheckpointError(f"{name}: lora_alpha is {alpha!r}; it must be a number")
+    return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+
+
+def _stacked(
+    old: Delta | None, sizes: tuple[int, int, int], slot: int, scale: float, pair: Pair | None, model: Model
+) -> Delta:
+    """The stack of a module with the adapter in `slot`; lower ranks are filled up with zeros."""
+    start, rows, width = sizes
+    places = max(slot + 1, len(old.a) if old else 0)
+    rank = max(len(pair[0]) if pair else 0, old.a.shape[1] if old else 0)
+    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+    a, b = torch.zeros(places, rank, width, **like), torch.zeros(places, rows, rank, **like)
+    scales = torch.zeros(places, device=model.device)
+    if old:
+        a[: len(old.a), : old.a.shape[1]] = old.a
+        b[: len(old.b), :, : old.b.shape[2]] = old.b
+        scales[: len(old.scales)] = old.scales
+    a[slot], b[slot], scales[slot] = 0, 0, scale
+    if pair:
+        a[slot, : len(pair[0])], b[slot, :, : len(pair[0])] = pair
+    return Delta(start, start + rows, a, b, scales)

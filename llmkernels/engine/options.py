@@ -1,0 +1,89 @@
+"""What an LLM was asked for, checked, and what its checkpoint says about answering."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from llmkernels.engine.cache import KVCache
+from llmkernels.engine.model import ModelConfig
+from llmkernels.engine.sampling import SamplingParams
+from llmkernels.engine.speculative import Speculation, Speculator
+from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
+
+CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+
+
+def end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
+    """The tokens that end a text: generation_config.json says so, else config.json; one, several or none."""
+    ids = checkpoint.generation["eos_token_id"]
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(token, int) for token in ids):
+        raise CheckpointError(f"{checkpoint.path}: eos_token_id is {ids!r}; it must be an integer or a list of them")
+    return frozenset(ids)
+
+
+def read_draft(wish: Speculation | None, config: ModelConfig, length: int) -> Checkpoint | None:
+    """The draft model's checkpoint, if one is wished for and fits."""
+    if wish and wish.width > 1 and max(config.windows) >= 0:
+        raise ValueError(
+            f"speculation: width is {wish.width}, and this model has sliding windows, which a tree of guesses cannot "
+            "have: use width=1"
+        )
+    if wish is None or wish.draft is None:
+        return None
+    draft = Checkpoint(wish.draft)
+    one_of("dtype of the draft", draft.config.dtype, DTYPES)
+    if draft.config.vocab != config.vocab:
+        raise CheckpointError(
+            f"{draft.path}: its vocabulary has {draft.config.vocab} tokens, and the model's {config.vocab}; a draft "
+            "model needs the same one"
+        )
+    if draft.config.context < length:
+        raise CheckpointError(
+            f"{draft.path}: it reads {draft.config.context} tokens, and this LLM {length}; give max_length="
+            f"{draft.config.context}"
+        )
+    return draft
+
+
+def build_speculator(
+    wish: Speculation | None, draft: Checkpoint | None, pages: int, page_size: int, length: int, device: torch.device
+) -> Speculator | None:
+    """Who guesses, if that is wished for; where there is a draft model, with its own memory for as many pages."""
+    if wish is None:
+        return None
+    if draft is None:
+        return Speculator(wish)
+    kind = draft.config.dtype
+    model = load(draft, kind, device, length)
+    return Speculator(wish, model, KVCache(draft.config, pages, page_size, DTYPES[kind], device))
+
+
+def default_params(generation: dict[str, Any]) -> SamplingParams:
+    """What generation_config.json asks for: greedy, unless it says do_sample."""
+    params = SamplingParams()
+    if generation.get("do_sample"):
+        wishes = {name: generation[name] for name in ("top_k", "top_p", "min_p") if generation.get(name) is not None}
+        params = replace(params, temperature=generation.get("temperature") or 1.0, **wishes)
+    return params
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    value = str(value).removeprefix("torch.")
+    if value not in allowed:
+        raise CheckpointError(f"{name} is {value!r}; use one of auto, {', '.join(allowed)}")
+    return value
+
+
+def device_of(wish: str) -> torch.device:
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        raise ValueError(f"device is {wish!r}; use 'auto', 'cpu', 'cuda' or 'cuda:<index>'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {wish!r}, but torch finds no GPU; use device='cpu'")
+    return device

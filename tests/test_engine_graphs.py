@@ -1,0 +1,170 @@
+"""Recorded decode steps: the same bits as plain ones, counted, and never where something else was asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import llmkernels
+from llmkernels import discovery, ledger
+from llmkernels.engine import LLM, SamplingParams
+from llmkernels.engine.graphs import LEAST_PAGES, DecodeGraphs, rounded, table_width
+from llmkernels.engine.model import Model
+
+PROMPTS = [[10 + 7 * i % 4000 for i in range(n)] for n in (16, 13, 3, 30, 1)]
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=True)
+KINDS = {
+    "bfloat16": {},
+    "float32": {"dtype": "float32"},
+    "w4a8": {"quantize": "w4a8_g128", "quantize_head": "w8a16"},
+    "w4a16, int8 cache": {"quantize": "w4a16_g32", "kv_cache_dtype": "int8"},
+}
+
+pytestmark = pytest.mark.skipif(discovery.absent("cpu") is not None, reason="the cpu backend is not built")
+
+
+def engine(graphs=True, **options):
+    options = {"max_length": 512, "max_sequences": 8, "kv_cache_bytes": 2**24, "page_size": 4} | options
+    return LLM(tokenizer=False, device="cpu", graphs=graphs, **options)
+
+
+def texts(llm, params=GREEDY):
+    return [(output.tokens, output.logprobs) for output in llm.generate(PROMPTS, params)]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return engine()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_steps_give_the_bits_of_plain_ones(kind):
+    recorded, plain = engine(**KINDS[kind]), engine(False, **KINDS[kind])
+    for held in (recorded._runner.cache, plain._runner.cache):
+        for pages in (held.k, held.v):
+            pages.view(torch.uint8).fill_(0xFF)  # NaN where the dtype has one: rows that fill up must not read them
+    lengths = [SamplingParams(max_tokens=n, ignore_eos=True, logprobs=True) for n in (40, 9, 25, 17, 40)]
+    assert texts(recorded, lengths) == texts(plain, lengths)  # batches of 5 to 2, tables that widen
+    stats = recorded.stats()
+    assert stats["decode_replayed_steps"] > stats["decode_plain_steps"]
+    assert not recorded._runner.graphs.refused
+
+
+def test_rows_that_fill_a_step_up_write_nothing(llm):
+    """17 sequences run in a step for 18: pages that nobody uses keep their bytes."""
+    many = engine(max_sequences=20)
+    cache = many._runner.cache
+    for _ in range(2):
+        cache.k.fill_(7.0)
+        many.generate([[5, 6]] * 17, SamplingParams(max_tokens=9, ignore_eos=True))
+    assert many.stats()["decode_replayed_steps"] > 0
+    used = (cache.k != 7.0).flatten(2).any(2).any(0).sum()
+    assert used <= 17 * 3  # of 10 tokens, 4 a page
+
+
+def test_the_ledger_counts_what_was_replayed(llm):
+    counts = []
+    for one in (llm, engine(False)):
+        ledger.reset()
+        texts(one)
+        counts.append(ledger.read())
+    assert counts[0] == counts[1]
+
+
+def test_other_settings_are_asked_anew(llm):
+    """A recording of one backend never answers for another one that the caller names."""
+    texts(llm)
+    ledger.reset()
+    with llmkernels.use("reference"):
+        texts(llm, SamplingParams(max_tokens=4, ignore_eos=True))
+    assert {backend for row in ledger.read().values() for backend in row} == {"reference"}
+    assert llm._runner.graphs.refused["answered by reference, which keep no calls together"] > 0
+
+
+def test_a_caller_who_wants_calls_checked_or_noted_gets_plain_steps(llm, tmp_path):
+    texts(llm)
+    for wish in (lambda: llmkernels.use(checked=True), lambda: ledger.record(tmp_path / "calls")):
+        before = llm.stats()["decode_replayed_steps"]
+        with wish():
+            texts(llm)
+        assert llm.stats()["decode_replayed_steps"] == before
+    assert "paged_attention" in (tmp_path / "calls").read_text()
+
+
+def test_what_torch_computes_in_between_keeps_a_step_plain(monkeypatch):
+    decode = Model.decode
+    monkeypatch.setattr(Model, "decode", lambda *args: decode(*args) * 2)
+    doubled, plain = engine(), engine(False)
+    assert texts(doubled) == texts(plain)
+    assert doubled.stats()["decode_replayed_steps"] == 0
+    assert doubled._runner.graphs.refused["torch computes between the kernels: aten.mul.Tensor"] > 0
+
+
+def test_steps_are_forgotten_with_the_choices_they_rest_on(llm):
+    texts(llm)
+    assert llm._runner.graphs._steps
+    discovery.forget_all()
+    assert not llm._runner.graphs._steps
+    texts(llm)
+
+
+def test_prefill_guesses_and_mixed_steps_are_no_decode(llm):
+    plain = {"count": 1, "samples": True, "guesses": ()}
+    for change in ({"count": 2}, {"samples": False}, {"guesses": (5,)}):
+        chunks = [SimpleNamespace(**plain), SimpleNamespace(**plain | change)]
+        assert llm._runner.graphs.logits(chunks) is None
+
+
+def test_few_sizes_occur():
+    assert [rounded(n) for n in (1, 7, 16, 17, 32, 33, 64)] == [1, 7, 16, 18, 32, 36, 64]
+    assert all(n <= rounded(n) <= n * 9 / 8 for n in range(1, 1000))
+    assert [table_width(n) for n in (1, LEAST_PAGES, LEAST_PAGES + 1)] == [LEAST_PAGES, LEAST_PAGES, 2 * LEAST_PAGES]
+
+
+def test_the_native_module_keeps_calls_of_its_thread_only_while_open():
+    from llmkernels.backends import cpu
+
+    x, gain = torch.randn(3, 64), torch.ones(64)
+    llmkernels.rms_norm(x, gain, backend="cpu")  # checks the kernel the first time
+    with cpu.recording() as recording:
+        first = llmkernels.rms_norm(x, gain, backend="cpu")
+        with pytest.raises(RuntimeError, match="open on this thread already"), cpu.recording():
+            pass
+    llmkernels.rms_norm(x, gain, backend="cpu")
+    assert len(recording) == 1
+    before = first.clone()
+    x.mul_(2).add_(1)
+    recording.replay()
+    assert not torch.equal(first, before)
+    assert torch.equal(first, llmkernels.rms_norm(x, gain, backend="cpu"))
+
+
+def test_a_wrong_index_in_a_replay_raises(llm):
+    from llmkernels.backends import cpu
+
+    positions = torch.zeros(1, dtype=torch.int64)
+    q, table = torch.ones(1, 2, 4), torch.ones(3, 2)
+    llmkernels.rotary_embedding(q, q, table, table, positions, backend="cpu")
+    with cpu.recording() as recording:
+        kept = llmkernels.rotary_embedding(q, q, table, table, positions, backend="cpu")
+    positions[0] = 3
+    with pytest.raises(IndexError, match="rotary_embedding"):
+        recording.replay()
+    assert kept is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", ["triton"])
+def test_on_a_gpu_a_cuda_graph_gives_the_bits_of_plain_steps(backend):
+    with llmkernels.use(backend):
+        recorded, plain = (
+            LLM(tokenizer=False, device="cuda", graphs=graphs, max_length=512, dtype="bfloat16")
+            for graphs in (True, False)
+        )
+        assert texts(recorded) == texts(plain)
+    assert recorded.stats()["decode_replayed_steps"] > 0, recorded._runner.graphs.refused
+
+
+def test_graphs_can_be_left_out():
+    assert isinstance(engine()._runner.graphs, DecodeGraphs)
+    assert engine(False)._runner.graphs is None
