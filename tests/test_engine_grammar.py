@@ -113,7 +113,7 @@ def test_forced_text_takes_few_steps_and_none_where_logprobs_are_asked_for(llm, 
 def test_preemption_and_prefix_hits_leave_every_structure_whole(llm):
     """Few pages, so that the youngest lose theirs; prompts that begin alike, so that they find some of them again."""
     with llmkernels.use(policy="silent"):
-        small = LLM(dtype="float32", page_size=4, max_length=96, kv_cache_pages=24, max_sequences=4)
+        small = LLM(dtype="float32", page_size=4, max_length=96, kv_cache_pages=21, max_sequences=8)
         params = SamplingParams(max_tokens=70, temperature=0.9, seed=3, n=3, structure=PERSONS)
         found = small.generate([f"{PROMPT} {i % 2}" for i in range(5)], params)
         alone = llm.generate([f"{PROMPT} {i % 2}" for i in range(5)], params)
