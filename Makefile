@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 TORCH_XLA := .venv-torch-xla
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all test-sanitize test-vllm test-torch-xla compile-gpu peers bench bench-vllm readme clean
+.PHONY: help venv demo test test-all test-sanitize test-vllm test-torch-xla compile-gpu compile-tpu peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,6 +65,16 @@ bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, i
 
 compile-gpu: venv  ## the Triton kernels compiled for eight GPUs, without one: registers, spills, matrix instructions
 	$(BIN)/llmkernels compile --backend triton --against bench/results/compiled-triton.json
+
+# Apart from .venv: beside jax, libtpu would make it look for a TPU whenever it starts.
+LIBTPU := build/libtpu/$(shell grep '^libtpu==' constraints.txt | tr -d '=')
+$(LIBTPU): $(INSTALLED)
+	rm -rf build/libtpu
+	$(BIN)/python -m pip install --no-deps --target build/libtpu "$$(grep '^libtpu==' constraints.txt)"
+	@touch $@
+
+compile-tpu: venv $(LIBTPU)  ## the Pallas kernels compiled for five TPU generations, without one: schedules, spills, VMEM
+	$(BIN)/llmkernels compile --backend xla $(addprefix --against ,$(wildcard bench/results/compiled-tpu.json))
 
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers

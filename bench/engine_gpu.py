@@ -1,4 +1,4 @@
-"""Tokens a second of the engine on a GPU, its decode steps replayed as CUDA graphs and not: the same text, or no number.
+"""Tokens a second of the engine on a GPU, its decode steps as CUDA graphs and not: the same text, or no number.
 
     python bench/engine_gpu.py --json FILE
 

@@ -1,10 +1,12 @@
 """Two hundred JSON Schemas and what becomes of each: None, an answer that satisfies it, or the word of the refusal.
 
-The kinds are those of the JSON-Schema-Test-Suite for 2020-12, a few schemas each; then schemas of the sort that tools and extraction
-tasks have.
+The kinds are those of the JSON-Schema-Test-Suite for 2020-12, a few schemas each; then some as tools and extraction
+tasks have them.
 """
 
 from typing import Any
+
+# ruff: noqa: E501  (one schema a line)
 
 INTEGER, STRING, NULL = {"type": "integer"}, {"type": "string"}, {"type": "null"}
 

@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 
 import jsonschema
 import pytest
 import torch
+from schemas import SCHEMAS
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams, Structure
@@ -76,3 +78,158 @@ def test_the_masks_along_a_draft_are_those_that_each_of_its_tokens_leads_to(llm)
         Masks.begin([guide], vocab).forbid(one)
         assert torch.equal(one[0], masked[2 + i])
         guide.accept(token)
+
+
+def test_a_jump_over_forced_text_changes_no_later_token(llm):
+    """After the forced tokens the model goes on as behind a prompt that ends with them: their keys are right."""
+    forced = "The answer of the machine is:"
+    whole = answers(llm, temperature=0, max_tokens=30, structure=Structure(regex=f"{forced} [a-z ]+\\."))[0]
+    assert whole.text.startswith(forced)
+    cut = next(i for i in range(len(whole.tokens)) if llm.tokenizer.decode(whole.tokens[:i]) == forced)
+    rest = Structure(regex=" [a-z ]+\\.")
+    again = answers(
+        llm, [*whole.prompt_tokens, *whole.tokens[:cut]], temperature=0, max_tokens=30 - cut, structure=rest
+    )
+    assert again[0].tokens == whole.tokens[cut:]
+
+
+def test_forced_text_takes_few_steps_and_none_where_logprobs_are_asked_for(llm, monkeypatch):
+    structure, steps = Structure(choice=["a text that leaves the model no choice at all"]), 0
+    step = llm.step
+
+    def counted():
+        nonlocal steps
+        steps += 1
+        return step()
+
+    monkeypatch.setattr(llm, "step", counted)
+    quick = answers(llm, structure=structure)[0]
+    few, steps = steps, 0
+    slow = answers(llm, structure=structure, logprobs=True)[0]
+    assert quick.text == slow.text == "a text that leaves the model no choice at all"
+    assert few <= 5 < len(quick.tokens) < steps == len(slow.tokens) == len(slow.logprobs)
+
+
+def test_preemption_and_prefix_hits_leave_every_structure_whole(llm):
+    """Few pages, so that the youngest lose theirs; prompts that begin alike, so that they find some of them again."""
+    with llmkernels.use(policy="silent"):
+        small = LLM(dtype="float32", page_size=4, max_length=96, kv_cache_pages=24, max_sequences=4)
+        params = SamplingParams(max_tokens=70, temperature=0.9, seed=3, n=3, structure=PERSONS)
+        found = small.generate([f"{PROMPT} {i % 2}" for i in range(5)], params)
+        alone = llm.generate([f"{PROMPT} {i % 2}" for i in range(5)], params)
+    assert [output.text for output in found] == [output.text for output in alone]
+    stats = small.stats()
+    assert stats["preemptions"] > 0
+    assert stats["prefix_found_tokens"] > 0
+    assert stats["pages_used"] == 0
+
+
+def test_an_aborted_fork_leaves_the_others_their_way(llm):
+    wish = SamplingParams(max_tokens=80, temperature=0.9, seed=5, n=4, structure=PERSONS)
+    whole = llm.generate(PROMPT, wish)
+    outputs = llm.add(PROMPT, wish)
+    llm.abort(outputs[3])  # before it was forked
+    for _ in range(6):
+        llm.step()
+    llm.abort(outputs[0])
+    llm.abort(outputs[2])
+    while llm.step():
+        pass
+    assert outputs[1].text == whole[1].text
+    assert [output.finish_reason for output in outputs] == ["abort", "stop", "abort", "abort"]
+    assert llm.stats()["pages_used"] == 0
+
+
+def test_stop_strings_end_structures_too(llm):
+    whole = answers(llm, structure=PERSONS)[0].text
+    cut = answers(llm, structure=PERSONS, stop=' "age')[0]
+    assert (cut.text, cut.finish_reason) == (whole[: whole.index(' "age')], "stop")
+
+
+def test_a_structure_ends_only_where_it_is_complete_or_the_tokens_are_used_up(llm):
+    cut = answers(llm, structure=PERSONS, max_tokens=9)[0]
+    assert (cut.finish_reason, len(cut.tokens)) == ("length", 9)
+    digits = answers(llm, structure=Structure(regex="[0-9]{40}"), max_tokens=60)[0]
+    assert re.fullmatch("[0-9]{40}", digits.text)
+
+
+def test_a_special_token_is_never_text(llm):
+    for output in answers(llm, structure=Structure(regex="(.|\\n){5,30}"), temperature=5, n=8):
+        assert not {0, 2, 3, 4} & {*output.tokens}
+
+
+@pytest.mark.parametrize("index", range(len(SCHEMAS)), ids=lambda index: json.dumps(SCHEMAS[index][0])[:40])
+def test_a_schema_is_kept_or_refused_with_the_name_of_what_is_in_the_way(llm, index):
+    schema, word = SCHEMAS[index]
+    if word:
+        with pytest.raises(ValueError, match=re.escape(word)):
+            Structure(json_schema=json.dumps(schema))
+        return
+    params = SamplingParams(max_tokens=150, temperature=1.0, seed=index, n=2, structure=Structure(json_schema=schema))
+    for output in llm.generate("{", params):
+        if output.finish_reason == "stop":
+            jsonschema.validate(json.loads(output.text), schema)
+
+
+def test_what_takes_too_long_to_compile_is_refused_and_the_next_one_is_not(llm):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="the ebnf cannot be enforced: compiling it takes longer than 5 s"):
+        answers(llm, structure=Structure(ebnf="root ::= " + '"a"? ' * 8000))
+    assert time.monotonic() - started < 20
+    assert answers(llm, structure=Structure(regex="ab"))[0].text == "ab"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({}, "nothing; give exactly one"),
+        ({"regex": "a", "choice": ["b"]}, "regex, choice; give exactly one"),
+        ({"regex": ""}, "at least one character"),
+        ({"regex": "a" * 70000}, "at most 65536"),
+        ({"choice": []}, "give 1 to 1024 strings"),
+        ({"choice": "yes"}, "give 1 to 1024 strings"),
+        ({"choice": ["a", ""]}, "give 1 to 1024 strings"),
+        ({"json_schema": "{"}, "no JSON Schema"),
+        ({"json_schema": {"const": float("nan")}}, "NaN is no JSON"),
+        ({"json_schema": {"const": object}}, "no JSON Schema"),
+        ({"json_schema": {"enum": ["x" * 70000]}}, "at most 65536"),
+    ],
+)
+def test_wrong_structures(wishes, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Structure(**wishes)
+
+
+@pytest.mark.parametrize(
+    ("structure", "words"),
+    [
+        (Structure(regex="a(?=b)"), "the regex cannot be enforced: Regex parsing error at position 4"),
+        (Structure(ebnf="root ::= a"), "the ebnf cannot be enforced"),
+        (Structure(ebnf="other ::= [a]"), "the ebnf cannot be enforced"),
+    ],
+)
+def test_what_does_not_compile_says_why_in_one_line(llm, structure, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        answers(llm, structure=structure)
+    assert "\n" not in str(caught.value)
+    assert "/project" not in str(caught.value)
+
+
+def test_schemas_that_nest_without_end_are_refused():
+    deep: dict = {"type": "integer"}
+    for _ in range(40):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(ValueError, match="nested more than 32 deep"):
+        Structure(json_schema=deep)
+    chain = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(800)}
+    with pytest.raises(ValueError, match="nested more than 32 deep"):
+        Structure(json_schema={"$ref": "#/$defs/d0", "$defs": chain | {"d800": {"type": "null"}}})
+
+
+def test_structure_beside_what_contradicts_it():
+    with pytest.raises(ValueError, match="ignore_eos is given with a structure"):
+        SamplingParams(structure=PERSONS, ignore_eos=True)
+    with pytest.raises(ValueError, match="give a Structure"):
+        SamplingParams(structure={"type": "object"})
+    with llmkernels.use(policy="silent"), pytest.raises(ValueError, match="tokenizer=False"):
+        LLM(tokenizer=False).generate([5], SamplingParams(structure=PERSONS))

@@ -108,11 +108,11 @@ def test_steps_are_forgotten_with_the_choices_they_rest_on(llm):
     texts(llm)
 
 
-def test_prefill_and_mixed_steps_are_no_decode(llm):
-    chunk = SimpleNamespace(count=1, samples=True)
-    graphs = llm._runner.graphs
-    for other in (SimpleNamespace(count=2, samples=True), SimpleNamespace(count=1, samples=False)):
-        assert graphs.logits([chunk, other]) is None
+def test_prefill_guesses_and_mixed_steps_are_no_decode(llm):
+    plain = {"count": 1, "samples": True, "guesses": ()}
+    for change in ({"count": 2}, {"samples": False}, {"guesses": (5,)}):
+        chunks = [SimpleNamespace(**plain), SimpleNamespace(**plain | change)]
+        assert llm._runner.graphs.logits(chunks) is None
 
 
 def test_few_sizes_occur():
@@ -124,19 +124,19 @@ def test_few_sizes_occur():
 def test_the_native_module_keeps_calls_of_its_thread_only_while_open():
     from llmkernels.backends import cpu
 
-    x = torch.randn(3, 64)
-    llmkernels.rms_norm(x, torch.ones(64), backend="cpu")  # checks the kernel the first time
+    x, gain = torch.randn(3, 64), torch.ones(64)
+    llmkernels.rms_norm(x, gain, backend="cpu")  # checks the kernel the first time
     with cpu.recording() as recording:
-        first = llmkernels.rms_norm(x, torch.ones(64), backend="cpu")
+        first = llmkernels.rms_norm(x, gain, backend="cpu")
         with pytest.raises(RuntimeError, match="open on this thread already"), cpu.recording():
             pass
-    llmkernels.rms_norm(x, torch.ones(64), backend="cpu")
+    llmkernels.rms_norm(x, gain, backend="cpu")
     assert len(recording) == 1
     before = first.clone()
     x.mul_(2).add_(1)
     recording.replay()
     assert not torch.equal(first, before)
-    assert torch.equal(first, llmkernels.rms_norm(x, torch.ones(64), backend="cpu"))
+    assert torch.equal(first, llmkernels.rms_norm(x, gain, backend="cpu"))
 
 
 def test_a_wrong_index_in_a_replay_raises(llm):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkernels.engine.pages import PagePool
+from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.scheduler import Scheduler, Sequence
 
 END = 7  # the token that ends a text
@@ -146,3 +147,43 @@ def test_an_aborted_sequence_ignores_the_step_it_was_in():
 def test_a_budget_too_small_for_the_sequences(sizes):
     with pytest.raises(ValueError, match=r"max_sequences is . and max_batch_tokens 4"):
         scheduler(max_batch_tokens=sizes[0], max_sequences=sizes[1])
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_preempted_request_is_not_taken_for_decode(reuse):
+    """It waits with a token sampled and no keys; back again it computes all, or what the prefix cache lost."""
+    pool = PagePool(4)
+    s = Scheduler(pool, 2, 8, 4, PrefixCache(pool, 2) if reuse else None, guesses=3)
+    old, young = Sequence([1, 2, 3], 3, 6), Sequence([4, 5, 6], 3, 8)
+    s.add(old)
+    s.add(young)
+    while not s.preemptions:
+        chunks = s.schedule()
+        s.advance(chunks, [7] * len(chunks))
+    assert (young.computed, young.settled, young.pages) == (0, 0, [])
+    while not old.finish_reason:
+        s.advance(s.schedule(), [7])
+    (chunk,) = s.schedule()
+    assert chunk.sequence is young
+    assert chunk.start == (2 if reuse else 0)
+    assert (chunk.start + chunk.count, chunk.samples, chunk.room) == (len(young.tokens), True, 0)
+
+
+def test_guesses_take_what_is_left_and_give_it_back():
+    s = Scheduler(PagePool(6), 4, 12, 3, guesses=4)
+    first, second = Sequence([1] * 3, 3, 40 - 17), Sequence([2] * 7, 7, 16)
+    s.add(first)
+    s.add(second)
+    s.advance(s.schedule(), [0, 0])
+    chunks = s.schedule()
+    assert [chunk.room for chunk in chunks] == [4, 4]  # of 12 tokens two are theirs
+    assert [len(chunk.sequence.pages) for chunk in chunks] == [2, 3]
+    s.advance(chunks, [0, 0])  # nobody guessed
+    assert [len(q.pages) for q in (first, second)] == [2, 3]  # the fifth and the ninth token
+    third = Sequence([3] * 4, 4, 9)
+    s.add(third)
+    chunks = s.schedule()
+    assert [(chunk.count, chunk.room) for chunk in chunks] == [(1, 3), (1, 3), (4, 0)]
+    chunks[0].guesses, chunks[0].parents, chunks[0].accepted = [9, 9], [-1, 0], [9, 9]
+    assert s.advance(chunks, [0, 0, 0]) == [3, 1, 1]
+    assert (first.computed, first.settled, len(first.tokens)) == (7, 5, 8)

@@ -212,7 +212,7 @@ def test_models_and_metrics(client, http):
 
 WRONG = [
     ({"prompt": "x", "max_tokens": 0}, "max_tokens: "),
-    ({"prompt": "x", "best_of": 3}, "best_of: "),
+    ({"prompt": "x", "best_of": 0}, "best_of: "),
     ({"prompt": "x", "nonsense": 1}, "nonsense: unknown field"),
     ({"prompt": "x", "model": "gpt"}, "there is no model 'gpt'; this server has 'manual'"),
     ({"prompt": ""}, "the prompt is empty"),

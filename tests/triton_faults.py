@@ -70,7 +70,7 @@ FAULTS = {
     ),
     "lse in base 2": attention("(top + tl.log2(total)) * LN2", "(top + tl.log2(total))", "mixed"),
     "the tree's mask of the token before": attention(
-        "token[:, None] * tree_row", "(token[:, None] - 1) * tree_row", "tree"
+        "token.to(tl.int64)[:, None] * tree_row", "(token.to(tl.int64)[:, None] - 1) * tree_row", "tree"
     ),
     # merge_attention, write_kv, rotary_embedding, sample, silu_and_mul
     "a merged part keeps its weight": Fault(

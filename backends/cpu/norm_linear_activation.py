@@ -37,8 +37,8 @@ def run(x, weight, *, norm, norm_weight, norm_bias, residual, bias, activation, 
     rows, summand = matrix(x), None if residual is None else matrix(residual)
     gain, shift, added = (None if part is None else part.contiguous() for part in (norm_weight, norm_bias, bias))
     quantized = hasattr(weight, "scheme")
-    if not quantized and _by_onednn(rows, weight, norm, gain, activation):
-        hidden = _normalised(rows, norm, gain, summand, kept, eps)
+    if not quantized and _by_onednn(rows, summand, weight, norm, gain, activation):
+        hidden = rows if norm == "none" else _normalised(rows, gain, summand, kept, eps)
         name, algorithm = FUSED[activation]
         y = torch.ops.mkldnn._linear_pointwise(hidden, weight, added, name, [], algorithm)
         y = y.view(*x.shape[:-1], features)
@@ -55,10 +55,10 @@ def run(x, weight, *, norm, norm_weight, norm_bias, residual, bias, activation, 
     return (y, kept) if return_residual else y
 
 
-def _by_onednn(rows, weight, norm, gain, activation):
+def _by_onednn(rows, summand, weight, norm, gain, activation):
     if rows.shape[0] <= MANY or rows.dtype != torch.bfloat16 or activation not in FUSED:
         return False
-    plain = norm == "none" or (norm == "rms" and gain is not None)
+    plain = summand is None if norm == "none" else norm == "rms" and gain is not None  # a sum would be rounded
     return plain and weight.numel() > 0 and weight.is_contiguous() and _multiplies_bfloat16()
 
 
@@ -68,15 +68,8 @@ def _multiplies_bfloat16():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _normalised(rows, norm, gain, summand, kept, eps):
-    """norm(rows + summand) rounded to the dtype of rows; `kept`, where there is one, gets the sum."""
-    if norm == "none":
-        if summand is None:
-            return rows
-        total = rows + summand
-        if kept is not None:
-            kept.view_as(total).copy_(total)
-        return total
+def _normalised(rows, gain, summand, kept, eps):
+    """rms_norm(rows + summand) rounded to the dtype of rows; `kept`, where there is one, gets the sum."""
     hidden = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if summand is not None and kept is None:
         kept = torch.empty_like(hidden)

@@ -62,10 +62,10 @@ def attend(
     in_group = tl.program_id(1) % PARTS * HEADS + row % HEADS
     real = (row < TOKENS * HEADS) & (index < new) & (in_group < GROUP)
     head = kv_head * GROUP + in_group
-    token = (begin_token + index).to(tl.int64)
+    token = begin_token + index
     position = length - new + index
     channel_a, channel_b, channel_v = tl.arange(0, DIM_A), DIM_A + tl.arange(0, DIM_B), tl.arange(0, V_PAD)
-    q_row = q + token * q_token + head * q_head
+    q_row = q + token.to(tl.int64) * q_token + head * q_head
     q_a = tl.load(q_row[:, None] + channel_a, mask=real[:, None] & (channel_a < DIM), other=0.0)
     if DIM > DIM_A:
         q_b = tl.load(q_row[:, None] + channel_b, mask=real[:, None] & (channel_b < DIM), other=0.0)
@@ -132,7 +132,7 @@ def attend(
                 if TREE:
                     guess = key - (length - new)  # which new token the key is
                     word = tl.load(
-                        tree + token[:, None] * tree_row + (guess >> 5)[None, :],
+                        tree + token.to(tl.int64)[:, None] * tree_row + (guess >> 5)[None, :],
                         mask=real[:, None] & ((guess >= 0) & (guess < new))[None, :],
                         other=0,
                     )
@@ -159,7 +159,7 @@ def attend(
     top = top * unit
     if v_scale is not None:
         acc = acc * tl.load(v_scale + kv_head * v_scale_head)
-    at = token * (kv_heads * GROUP) + head
+    at = token.to(tl.int64) * (kv_heads * GROUP) + head
     columns = real[:, None] & (channel_v < V_DIM)
     if SHARES:
         at = at * tl.num_programs(2) + split

@@ -50,8 +50,8 @@ def linear(
     y = torch.empty((count, features // 2 if gated else features), dtype=computed(dtype), device=x.device)
     kept = torch.empty(rows.shape, dtype=computed(dtype), device=x.device) if return_residual else None
     x_scales, factor = None, 1.0
-    if columns == 0:  # no scale to read either
-        form = Form("dense", form.shape, form.values)
+    if columns == 0:  # no scale to read either; bytes, since not every chip has a type for fp8
+        form = Form("dense", form.shape, form.values.view(torch.uint8) if form.kind == "fp8" else form.values)
     elif form.rounding or norm != "none" or residual is not None or form.permutation is not None:
         held = _held(form, rows, norm, residual)
         rows, x_scales = prepared(

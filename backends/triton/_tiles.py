@@ -72,7 +72,8 @@ def _some(rows, kind, chip):
     """(BLOCK_M, BLOCK_N, BLOCK_K, BAND, num_warps, num_stages)"""
     stages = 3 if chip.shared >= LARGE_SHARED else 2
     if kind in PACKED:
-        return 32 if rows <= 64 else 64, 64 if chip.rdna else 128, 128, 8, 4, stages + 1
+        block_n, block_k = (64, 64) if chip.rdna else (128, 128)
+        return 32 if rows <= 64 else 64, block_n, block_k, 8, 4, stages + 1
     return power(rows, 32, 64), 64, 128, 8, 4, stages
 
 
@@ -81,7 +82,9 @@ def _many(rows, features, dot, group, chip):
     if chip.shared < LARGE_SHARED:
         return 64 if chip.rdna and group else 128, 128, 128 if eight_bits else 64, 8, 8, 2
     if blocks(rows, 128) * blocks(features, 256) < chip.processors:
-        return 128, 128, 128 if eight_bits else 64, 8, 4, 4
+        if group:  # a second set of sums takes registers
+            return 128, 128, 128 if eight_bits else 64, 8, 8, 4
+        return (128, 128, 128, 8, 4, 4) if eight_bits else (128, 128, 64, 2, 8, 6)
     if group:  # scales within the loop take registers
         return 128, 128, 128, 8, 8, 5 if eight_bits else 3
     return (128, 256, 128, 16, 8, 4) if eight_bits else (256, 128, 64, 8, 8, 4)

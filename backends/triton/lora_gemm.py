@@ -58,7 +58,7 @@ def _tiles(rows, columns, rank, itemsize, chip):
         return {
             "BLOCK_M": power(rows, 16, 64), "BLOCK_K": 512, "BLOCK_N": 512, "SPLIT": 2, "num_warps": 4, "num_stages": 1,
         }  # fmt: skip
-    block_k, warps, stages = 128 if rank <= 64 else 64, 4, 3
+    block_k, warps, stages = (128, 4, 3) if rank <= 64 else (32, 8, 3)  # addresses take two registers each
     if itemsize == 4:  # multiplied and added one by one: a thread holds whole rows of a tile
         block_k, warps, stages = 32 if rank <= 128 else 16, 8, 1
     block_m = 16 if rows <= 256 or itemsize == 4 else 64

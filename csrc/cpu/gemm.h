@@ -137,14 +137,16 @@ Status multiply(const GemmCall& call) {
 }
 
 // bfloat16 products, where the processor has them, lose nothing: codes are exact in bfloat16, and x is bfloat16 or
-// rounded to fewer bits.  (Of a normalised bfloat16 x, the norm is rounded once to bfloat16.)  All others are float32.
+// rounded to fewer bits.  (Of a normalised bfloat16 x, the norm is rounded once to bfloat16.)  All others are float32, a sum
+// of two bfloat16 that no norm follows among them: rounded once more, it took up the whole tolerance behind geglu.
 template <class T>
 Status multiply_as_stored(const GemmCall& call) {
 #if defined(__AVX512BF16__)
+  const bool pairs = __is_same(T, bf16) && !(call.residual && call.norm == kNoNorm);
   if constexpr (__is_same(T, bf16)) {
-    if (call.storage == kDense) return multiply<DenseWeight<PanelPairs, T>, T>(call);
+    if (pairs && call.storage == kDense) return multiply<DenseWeight<PanelPairs, T>, T>(call);
   }
-  if (__is_same(T, bf16) || call.rounding == kToFloat8) {
+  if (pairs || call.rounding == kToFloat8) {
     switch (call.storage) {
       case kInt4Panels:
         return multiply<PackedWeight<NibblePairs<true>>, T>(call);

@@ -20,9 +20,9 @@ SHOWN = 60  # problems on the screen; --json has them all
 
 @app.command("compile")
 def compile_(
-    backend: Annotated[str, typer.Option(help="A backend of Triton kernels.")] = "triton",
+    backend: Annotated[str, typer.Option(help="A backend of Triton or Pallas kernels.")] = "triton",
     target: Annotated[
-        list[str] | None, typer.Option(help="A chip: sm_90, gfx942 ...; may be given again.  Otherwise all.")
+        list[str] | None, typer.Option(help="A chip: sm_90, gfx942, v6e ...; may be given again.  Otherwise all.")
     ] = None,
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     every: Annotated[
@@ -51,6 +51,11 @@ def compile_(
     Exit code 1: a kernel that does not compile, is never launched, spills more than --against knows of, takes too much
     shared memory, lacks matrix instructions, or is otherwise worse than --against says.
     """
+    if backend == "xla":
+        from llmkernels.cli.compile_tpu import compile_tpu
+
+        compile_tpu(backend, target, op, jobs, against, load, keep, record, json)
+        return
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; unset, Triton 3.9 warns of another to come
     from llmkernels import discovery, status
     from llmkernels.crosscompile import chips, launches

@@ -16,7 +16,18 @@ from llmkernels.cli.screen import console, progress, show_json
 if TYPE_CHECKING:
     from llmkernels.engine.llm import LLM, Output
     from llmkernels.engine.sampling import SamplingParams
+    from llmkernels.engine.speculative import Speculation
 
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="A smaller checkpoint of the same vocabulary guesses ahead; manual-5m-draft is shipped."),
+]
+NGram = Annotated[int, typer.Option(help="So many last tokens are looked up in the text so far to guess; 0: none.")]
+GuessDepth = Annotated[int, typer.Option(help="Tokens in a row that are guessed.")]
+GuessWidth = Annotated[int, typer.Option(help="Guesses beside one another at each place.")]
+
+SHIPPED_DRAFT = "manual-5m-draft"
+ADAPTER = "adapter"
 DEMO_PROMPT = "The ls command lists"  # the shipped checkpoint has read manual pages and nothing else
 
 
@@ -37,6 +48,11 @@ def generate(
     quantize: Annotated[str | None, typer.Option(help="Round the weights at load, as in w4a16_g128.")] = None,
     quantize_head: Annotated[str | None, typer.Option(help="The same for the head alone, as in w8a16.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, int8, float8_e4m3fn or float8_e5m2.")] = "auto",
+    adapter: Annotated[Path | None, typer.Option(help="The directory of a LoRA adapter in PEFT's format.")] = None,
+    draft_model: DraftModel = None,
+    ngram: NGram = 0,
+    guess_depth: GuessDepth = 4,
+    guess_width: GuessWidth = 1,
     json: Annotated[bool, typer.Option("--json", help="Print JSON at the end instead of streaming.")] = False,
 ) -> None:
     """Continue a text, streaming; or many, from a file.  What is not given comes from the checkpoint."""
@@ -57,7 +73,10 @@ def generate(
             quantize=quantize,
             quantize_head=quantize_head,
             kv_cache_dtype=kv_cache_dtype,
+            speculation=speculation(draft_model, ngram, guess_depth, guess_width),
         )
+    if adapter:
+        llm.load_adapter(ADAPTER, adapter)
     wishes: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     wishes |= {"seed": draw_seed() if seed is None else seed, "max_tokens": max_tokens}
     params = replace(llm.default_params, **{name: value for name, value in wishes.items() if value is not None})
@@ -74,6 +93,17 @@ def generate(
         for text, output in zip(prompts, outputs, strict=True):
             print(f"{text}{output.text}\n")
     print(_sentence(told, params.seed), file=sys.stderr)
+
+
+def speculation(draft_model: str | None, ngram: int, depth: int, width: int) -> "Speculation | None":
+    """What these options ask for; None where neither names who guesses."""
+    from llmkernels.engine.llm import shipped_model
+    from llmkernels.engine.speculative import Speculation
+
+    if draft_model is None and not ngram:
+        return None
+    path = shipped_model(draft_model) if draft_model == SHIPPED_DRAFT else draft_model
+    return Speculation(path, ngram, depth, width)
 
 
 def summary(outputs: list["Output"], seconds: float, book: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +144,7 @@ def _prompts(model: str | None, prompt: str | None, file: Path | None) -> list[s
 
 def _batch(llm: "LLM", prompts: list[str], params: "SamplingParams") -> list["Output"]:
     """Answer all prompts together, with a bar that counts tokens."""
-    outputs = [output for text in prompts for output in llm.add(text, params)]
+    outputs = [output for text in prompts for output in llm.add(text, params, adapter=next(iter(llm.adapters), None))]
     with progress("tokens", len(prompts) * params.max_tokens) as (bar, task):
         while any(output.finish_reason is None for output in outputs):
             llm.step()
@@ -128,7 +158,7 @@ def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> "Output":
     with _status_line() if sys.stdout.isatty() else _plain() as (write, status):
         write(prompt)
         start = time.perf_counter()
-        for delta in llm.stream(prompt, params):
+        for delta in llm.stream(prompt, params, adapter=next(iter(llm.adapters), None)):
             output = delta.output
             write(delta.text)
             count = len(output.tokens)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llmkernels.cli import app
+from llmkernels.cli.generate import DraftModel, GuessDepth, GuessWidth, NGram, speculation
 from llmkernels.cli.screen import progress
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
@@ -36,6 +37,14 @@ def serve(
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a step; longer prompts run in chunks.")] = 512,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a prompt and its answer at most.")] = None,
     prefix_reuse: Annotated[bool, typer.Option(help="Keep keys for prompts that begin alike.")] = True,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a LoRA adapter; may be repeated.")] = None,
+    adapter_folder: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Clients may load adapters from here.")
+    ] = None,
+    draft_model: DraftModel = None,
+    ngram: NGram = 0,
+    guess_depth: GuessDepth = 4,
+    guess_width: GuessWidth = 1,
 ) -> None:
     """Answer OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
     if missing := [package for package in NEEDS if not util.find_spec(package)]:
@@ -63,10 +72,16 @@ def serve(
             max_batch_tokens=max_batch_tokens,
             max_length=max_length,
             prefix_reuse=prefix_reuse,
+            speculation=speculation(draft_model, ngram, guess_depth, guess_width),
         )
     called = name or path.resolve().name
+    for wish in adapter or ():
+        label, separator, place = wish.partition("=")
+        if not separator or label == called:
+            raise ValueError(f"--adapter is {wish!r}; give NAME=PATH, NAME being none of the model's own")
+        llm.load_adapter(label, place)
     template = read_template(path, chat_template)
     chat = "" if template else "; it has no chat template, so only completions (give --chat-template FILE)"
     print(f"llmkernels: {called} answers{chat}", file=sys.stderr)
-    server = create_app(llm, called, template=template, api_key=api_key)
+    server = create_app(llm, called, template=template, api_key=api_key, adapter_folder=adapter_folder)
     uvicorn.run(server, host=host, port=port, log_level="info")

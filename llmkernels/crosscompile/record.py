@@ -70,14 +70,14 @@ def worse(rows: Iterable[dict[str, Any]], kept: Mapping[str, Any]) -> Iterator[t
             )
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path, columns: set[str] = ROW) -> dict[str, Any]:
     """A kept report.  ValueError where the file holds something else."""
     try:
         value = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON: {error}; delete it, or record it again") from None
     rows = value.get("rows") if isinstance(value, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(one, dict) and set(one) >= ROW for one in rows):
+    if not isinstance(rows, list) or not all(isinstance(one, dict) and set(one) >= columns for one in rows):
         raise ValueError(f"{file} is not a report of `llmkernels compile`; record it again")
     return value
 

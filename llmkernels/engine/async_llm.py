@@ -64,26 +64,37 @@ class AsyncLLM:
         return self._thread.is_alive()
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """The deltas of a request's params.n outputs, interleaved.  Leaving early aborts it.
 
         Raises:
             ValueError: as LLM.add.  EngineStopped: there is no engine any more.
         """
-        async for news in self.batches([prompt], params, salt=salt):
+        async for news in self.batches([prompt], params, salt=salt, adapter=adapter):
             for _, delta in news:
                 yield delta
 
     async def batches(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, salt: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         """What each step brings to params.n answers to each prompt: (number, delta), numbered in the prompts' order.
 
         Leaving early aborts all of them.  Errors as `stream`.
         """
+        grammar = await asyncio.to_thread(self.llm.prepare, params)  # kept until the end: the engine never waits for it
         listener = Listener()
-        self._order(lambda: self._admit(listener, prompts, params, salt))
+        self._order(lambda: self._admit(listener, prompts, params, salt, adapter))
         try:
             left = (self.llm.default_params if params is None else params).n * len(prompts)
             while left:
@@ -93,6 +104,7 @@ class AsyncLLM:
                 left -= sum(delta.finish_reason is not None for _, delta in news)
                 yield news
         finally:
+            del grammar
             with suppress(EngineStopped):
                 self._order(lambda: self._dismiss(listener))
 
@@ -117,11 +129,16 @@ class AsyncLLM:
         return await answer
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
     ) -> list[Output]:
         """The finished outputs of a request, in their order."""
         outputs: dict[int, Output] = {}
-        async for delta in self.stream(prompt, params, salt=salt):
+        async for delta in self.stream(prompt, params, salt=salt, adapter=adapter):
             outputs[delta.output.index] = delta.output
         return [outputs[index] for index in sorted(outputs)]
 
@@ -169,10 +186,10 @@ class AsyncLLM:
             order()
 
     def _admit(self, listener: Listener, prompts: Sequence[Prompt], *wishes: Any) -> None:
-        params, salt = wishes
+        params, salt, adapter = wishes
         try:
             for prompt in prompts:
-                for output in self.llm.add(prompt, params, salt=salt):
+                for output in self.llm.add(prompt, params, salt=salt, adapter=adapter):
                     listener.outputs[output] = len(listener.outputs)
         except ValueError as error:
             self._dismiss(listener)

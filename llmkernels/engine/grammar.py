@@ -73,7 +73,10 @@ class Guide:
 
         Without them the model would be asked for each, and could only choose how to cut the text.
         """
-        text = self.matcher.find_jump_forward_string()
+        try:
+            text = self.matcher.find_jump_forward_string()
+        except UnicodeDecodeError:  # the first bytes of a character whose last ones are free
+            return []
         if len(text) < 2:
             return []
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids[:-1]

@@ -30,6 +30,7 @@ from llmkernels import discovery, ledger
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.scheduler import Chunk
+from llmkernels.engine.tables import BlockTable
 from llmkernels.settings import current
 
 MOST_STEPS = 64  # recorded at once: the one used longest ago is dropped for another
@@ -62,7 +63,9 @@ class DecodeGraphs:
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
         pages = table_width(-(-max_length // cache.page_size))
-        self._inputs = Inputs(rounded(max_sequences), pages, cache.page_size, model)
+        count, pinned = rounded(2 * max_sequences), model.device.type == "cuda"  # beams come on top, as many at most
+        self.table = BlockTable(count, pages, static=True, pinned=pinned)
+        self._inputs = Inputs(self.table, count, cache.page_size, model)
         self._steps: dict[Hashable, Step] = {}
         self._memory: Any = [] if model.device.type == "cpu" else torch.cuda.graph_pool_handle()
         _ALIVE.add(self)
@@ -91,17 +94,19 @@ class DecodeGraphs:
         if step.refused:
             self.refused[step.refused] += 1
             return None
+        self.table.update(chunks)
         self._inputs.set(chunks)
+        order = [chunk.sequence.row for chunk in chunks]
         torch.index_select(self.model.embedding, 0, step.batch.tokens, out=step.x)
         if step.replay is None:
-            return self._first(step)[: len(chunks)]
+            return self._first(step)[order]
         step.replay()
         for tally, calls in step.tallies:
             tally.calls += calls
         self.replayed += 1
         self.plain -= 1
         assert step.logits is not None
-        return step.logits[: len(chunks)].clone()
+        return step.logits[order]
 
     def clear(self) -> None:
         """Forget every step."""
@@ -126,22 +131,19 @@ class DecodeGraphs:
 class Inputs:
     """The static arrays of decode steps: as a step of any size sees them, and as Python fills them."""
 
-    def __init__(self, count: int, pages: int, page_size: int, model: Model):
+    def __init__(self, table: BlockTable, count: int, page_size: int, model: Model):
         self.page_size = page_size
         place = model.device
         pin = place.type == "cuda"
         self._long = torch.zeros(3, count, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
         self._lengths = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
-        self._table = torch.full((count, pages), -1, dtype=torch.int32, pin_memory=pin)
-        self._staged = [self._long, self._lengths, self._table]
+        self._staged = [self._long, self._lengths, table.array]
         self._long[2] = -1
         # the same memory on a CPU
         self._there = [array.to(place) for array in self._staged] if place.type != "cpu" else self._staged
         self._starts = torch.arange(count + 1, dtype=torch.int32, device=place)
         self._x = torch.empty(count, model.config.hidden, dtype=model.dtype, device=place)
         self._views = [array.numpy() for array in (*self._long, self._lengths)]
-        self._pages = self._table.numpy()
-        self._rows: list[list[int]] = [[] for _ in range(count)]  # what each row of the table holds
         self._used = 0
 
     def step(self, count: int, width: int) -> Step:
@@ -161,20 +163,17 @@ class Inputs:
         return Step(batch, self._x[:count])
 
     def set(self, chunks: Row[Chunk]) -> None:
-        """Fill in these sequences; the rows behind them become empty."""
+        """Fill in these sequences, each in its row of the block table; the rows behind them become empty."""
         tokens, positions, slots, lengths = self._views
         size = self.page_size
-        for row, chunk in enumerate(chunks):
+        for chunk in chunks:
             sequence, position = chunk.sequence, chunk.start
+            row = sequence.row
             pages = sequence.pages
             tokens[row] = sequence.tokens[position]
             positions[row] = position
             slots[row] = pages[position // size] * size + position % size
             lengths[row] = position + 1
-            if self._rows[row] != pages:
-                self._pages[row, : len(pages)] = pages
-                self._pages[row, len(pages) :] = -1
-                self._rows[row] = pages.copy()
         for row in range(len(chunks), self._used):
             tokens[row] = positions[row] = lengths[row] = 0
             slots[row] = -1

@@ -52,8 +52,10 @@ def build_speculator(
     wish: Speculation | None, draft: Checkpoint | None, pages: int, page_size: int, length: int, device: torch.device
 ) -> Speculator | None:
     """Who guesses, if that is wished for; where there is a draft model, with its own memory for as many pages."""
-    if wish is None or draft is None:
-        return wish and Speculator(wish)
+    if wish is None:
+        return None
+    if draft is None:
+        return Speculator(wish)
     kind = draft.config.dtype
     model = load(draft, kind, device, length)
     return Speculator(wish, model, KVCache(draft.config, pages, page_size, DTYPES[kind], device))

@@ -73,6 +73,11 @@ class Output:
         return self.guide.forced() if self.guide and not asked and not self.finish_reason else []
 
 
+def best(outputs: Iterable[Output], count: int) -> list[Output]:
+    """The answers whose tokens have the highest ln p on average, the best first; they must have logprobs."""
+    return sorted(outputs, key=lambda output: -sum(output.logprobs) / max(1, len(output.logprobs)))[:count]
+
+
 @dataclass(frozen=True)
 class Delta:
     """What an output has grown by: joined texts give output.text, joined tokens output.tokens.

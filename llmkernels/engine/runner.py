@@ -11,6 +11,7 @@ from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.sampling import Chosen, choose
 from llmkernels.engine.scheduler import Chunk, Sequence
 from llmkernels.engine.speculative import Speculator, accept, ahead, branches, path
+from llmkernels.engine.tables import BlockTable
 from llmkernels.settings import current, use
 
 CALIBRATION = 256  # tokens that decide the scales of a quantized cache
@@ -31,12 +32,13 @@ class Runner:
         speculator: Speculator | None = None,
     ):
         self.model, self.cache, self.graphs, self.speculator = model, cache, graphs, speculator
+        self.table = graphs.table if graphs else BlockTable()
 
     def run(self, chunks: Row[Chunk]) -> list[list[Chosen]]:
         """Run these chunks; for each that samples, in order, the tokens that follow it, all but the last guessed."""
         if self.speculator:
             with use(checked=bool(current().checked)):
-                self.speculator.propose(chunks, prepare)
+                self.speculator.propose(chunks, self.prepare)
         ends = [chunk for chunk in chunks if chunk.samples]
         guides, guesses = [chunk.sequence.payload.guide for chunk in ends], [chunk.guesses for chunk in ends]
         masks = Masks.begin(guides, self.model.config.vocab, guesses)
@@ -69,30 +71,48 @@ class Runner:
         with use(checked=bool(current().checked)):
             if self.graphs and (logits := self.graphs.logits(chunks)) is not None:
                 return logits
-            return self.model.forward(prepare(chunks, self.cache.page_size, self.model.device), self.cache)
+            return self.model.forward(self.prepare(chunks), self.cache)
+
+    def prepare(self, chunks: Row[Chunk]) -> Batch:
+        """The arrays of a step."""
+        self.table.update(chunks)
+        return arrays(chunks, self.table.array, self.cache.page_size, self.model.device)
 
 
-def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
-    """The arrays of a step: of each chunk its tokens, and behind them its guesses."""
+def arrays(chunks: Row[Chunk], table: torch.Tensor, page_size: int, device: torch.device) -> Batch:
+    """The arrays of a step: of each chunk its tokens, and behind them its guesses.
+
+    The sequences stand in the order of their rows in the block table, and `rows` in that of the chunks.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    starts, rows, adapters = [0], [], []
-    for chunk in chunks:
-        pages, span = chunk.sequence.pages, range(chunk.start, chunk.start + chunk.count)
-        tokens += chunk.sequence.tokens[span.start : span.stop]
-        positions += span
-        slots += [_slot(pages, p, page_size) for p in span]
-        rows += [len(tokens) - 1] if chunk.samples else []
+    rows: list[int] = []
+    starts = [0]
+    ordered = sorted(chunks, key=lambda chunk: chunk.sequence.row)
+    firsts: dict[int, int] = {}  # row of a chunk that samples -> its last token
+    for chunk in ordered:
+        sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
+        pages = sequence.pages
+        if chunk.count == 1:  # nearly always
+            tokens.append(sequence.tokens[start])
+            positions.append(start)
+            slots.append(pages[start // page_size] * page_size + start % page_size)
+        else:
+            tokens += sequence.tokens[start:end]
+            positions += range(start, end)
+            slots += [_slot(pages, p, page_size) for p in range(start, end)]
+        firsts[sequence.row] = len(tokens) - 1
         for node, token in enumerate(chunk.guesses):
-            rows.append(len(tokens))
             tokens.append(token)
-            positions.append(span.stop - 1 + len(path(chunk, node)))
-            slots.append(_slot(pages, span.stop + node, page_size))
-        adapters += [chunk.sequence.adapter] * (len(tokens) - starts[-1])
+            positions.append(end - 1 + len(path(chunk, node)))
+            slots.append(_slot(pages, end + node, page_size))
         starts.append(len(tokens))
-    width = table_width(max(len(chunk.sequence.pages) for chunk in chunks))
-    table = [chunk.sequence.pages + [-1] * (width - len(chunk.sequence.pages)) for chunk in chunks]
+    for chunk in chunks:
+        if chunk.samples:
+            first = firsts[chunk.sequence.row]
+            rows += range(first, first + 1 + len(chunk.guesses))
+    width = min(table_width(max(len(chunk.sequence.pages) for chunk in chunks)), table.shape[1])
 
     def array(values: list, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -101,15 +121,23 @@ def prepare(chunks: Row[Chunk], page_size: int, device: torch.device) -> Batch:
         tokens=array(tokens, torch.int64),
         positions=array(positions, torch.int64),
         slots=array(slots, torch.int64),
-        block_table=array(table, torch.int32),
-        seq_lens=array([chunk.start + chunk.count + len(chunk.guesses) for chunk in chunks], torch.int32),
+        block_table=table[: len(chunks), :width].to(device),
+        seq_lens=array([chunk.start + chunk.count + len(chunk.guesses) for chunk in ordered], torch.int32),
         cu_seqlens_q=array(starts, torch.int32),
-        rows=None if len(rows) == len(tokens) else array(rows, torch.int64),
+        rows=None if rows == [*range(len(tokens))] else array(rows, torch.int64),
         max_seqlen_q=_round_up(max(chunk.count + len(chunk.guesses) for chunk in chunks)),
         max_seqlen_k=width * page_size,
-        tree_mask=array(_sight(chunks), torch.uint32) if any(branches(chunk) for chunk in chunks) else None,
-        adapters=array(adapters, torch.int32) if max(adapters) >= 0 else None,
+        tree_mask=array(_sight(ordered), torch.uint32) if any(branches(chunk) for chunk in chunks) else None,
+        adapters=_adapters(ordered, starts, device),
     )
+
+
+def _adapters(ordered: Row[Chunk], starts: list[int], device: torch.device) -> torch.Tensor | None:
+    """Which adapter each token runs with, int32; None where none does."""
+    if all(chunk.sequence.adapter < 0 for chunk in ordered):
+        return None
+    each = torch.tensor([chunk.sequence.adapter for chunk in ordered], dtype=torch.int32)
+    return each.repeat_interleave(torch.tensor(starts).diff()).to(device)
 
 
 def _sight(chunks: Row[Chunk]) -> list[list[int]]:

@@ -57,6 +57,8 @@ class Sequence:
     settled: so many of them were tokens before their step ran, not guesses that came true in it; a draft model has the
         keys of these too, so their pages may be found by others.
     pages: ids of its pages, in order; token i is in pages[i // page_size].
+    decoding: its chunk of one token, used in step after step: a thousand new ones take longer than the rest of a step.
+    row, written: its place in the block table, and how many of its pages stand there as they are; see BlockTable.
     cached: how many tokens' keys were there when it first ran.  None: it has not run yet.
     overtaken: how many that came later were admitted before it.
     finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit), or what `end` was told.
@@ -75,6 +77,9 @@ class Sequence:
     computed: int = 0
     settled: int = 0
     pages: list[int] = field(default_factory=list)
+    decoding: "Chunk | None" = None
+    row: int = -1
+    written: int = 0
     cached: int | None = None
     overtaken: int = 0
     finish_reason: str | None = None
@@ -98,9 +103,9 @@ class Chunk:
     samples: bool
     copy: tuple[int, int] | None = None
     room: int = 0
-    guesses: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    guesses: Row[int] = ()
+    parents: Row[int] = ()
+    accepted: Row[int] = ()
 
 
 class Scheduler:
@@ -149,8 +154,18 @@ class Scheduler:
         while len(self.running) > self.max_sequences:  # after forks
             self._preempt()
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
+        size, users = self.page_size, self.pool.users
         while len(chunks) < len(self.running):
-            chunk = self._plan(self.running[len(chunks)], 1 + spare)
+            sequence = self.running[len(chunks)]
+            start, page = sequence.computed, sequence.computed // size
+            if start + 1 == len(sequence.tokens) and page < len(sequence.pages) and users(sequence.pages[page]) == 1:
+                chunk = sequence.decoding  # nothing but a token more, as nearly always
+                if chunk is None or chunk.room:
+                    chunk = sequence.decoding = Chunk(sequence, start, 1, True)
+                chunk.start = start
+                chunks.append(chunk)
+                continue
+            chunk = self._plan(sequence, 1 + spare)
             if chunk:
                 chunks.append(chunk)
                 spare -= chunk.count - 1
@@ -173,21 +188,30 @@ class Scheduler:
 
         Returns how many tokens each of those has gained: accepted and sampled ones, as far as they do not end it.
         """
-        tokens, gained = iter(sampled), []
+        tokens, gained, prefix, size = iter(sampled), [], self.prefix, self.page_size
         for chunk in chunks:
             sequence = chunk.sequence
             token = next(tokens) if chunk.samples else None
             if sequence.finish_reason:  # aborted while the step ran
                 gained += [0] * chunk.samples
                 continue
-            settled, sequence.settled = sequence.settled, chunk.start + chunk.count
-            sequence.computed = sequence.settled + len(chunk.accepted)
-            if self.prefix:
-                self._keep(self.prefix, sequence, settled)
-            if token is not None:
-                if sequence.forks:
-                    self._fork(sequence)
+            before, settled = sequence.settled, chunk.start + chunk.count
+            sequence.settled, sequence.computed = settled, settled + len(chunk.accepted)
+            if prefix and settled % size < settled - before:  # a page is full
+                self._keep(prefix, sequence, before)
+            if token is None:
+                continue
+            if sequence.forks:
+                self._fork(sequence)
+            if chunk.room:
                 gained.append(self._append(sequence, [*chunk.accepted, token]))
+                continue
+            sequence.tokens.append(token)
+            gained.append(1)
+            if token in sequence.stop:
+                self._finish(sequence, "stop")
+            elif len(sequence.tokens) >= sequence.limit:
+                self._finish(sequence, "length")
         return gained
 
     def extend(self, sequence: Sequence, token: int) -> None:
@@ -204,7 +228,8 @@ class Scheduler:
         It runs right behind this one; where that does not run, it waits in front.
         """
         child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
-        child.pages, child.computed, child.settled, child.memory = [], 0, 0, None
+        child.pages, child.computed, child.settled, child.memory, child.row = [], 0, 0, None, -1
+        child.decoding = None
         if sequence not in self.running:
             self.waiting.appendleft(child)
             return child
@@ -219,6 +244,8 @@ class Scheduler:
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
         """Forget a sequence, at any time; nothing happens to one that is finished or was never added."""
+        if sequence.finish_reason:
+            return
         if sequence in self.running or sequence in self.waiting:
             self._finish(sequence, reason)
         for parent in (*self.running, *self.waiting):
@@ -237,6 +264,7 @@ class Scheduler:
         if len(sequence.pages) > count:  # there were guesses, and they were wrong
             self.pool.give_back(sequence.pages[count:])
             del sequence.pages[count:]
+            sequence.written = min(sequence.written, count)
         return len(sequence.tokens) - before
 
     def _make_room(self, chunk: Chunk, most: int) -> int:
@@ -268,6 +296,7 @@ class Scheduler:
                 copy = pages[first], taken.pop()
                 self.pool.give_back(copy[:1])
                 pages[first] = copy[1]
+                sequence.written = min(sequence.written, first)
             pages += taken
         count = min(len(sequence.tokens) - start, most)
         return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
@@ -311,7 +340,10 @@ class Scheduler:
         pages, size = sequence.pages, self.page_size
         for i in range(start // size, sequence.settled // size):
             before = pages[i - 1] if i else None
-            pages[i] = prefix.add(sequence.scope, before, sequence.tokens[i * size : (i + 1) * size], pages[i])
+            page = prefix.add(sequence.scope, before, sequence.tokens[i * size : (i + 1) * size], pages[i])
+            if page != pages[i]:
+                pages[i] = page
+                sequence.written = min(sequence.written, i)
 
     def _fork(self, parent: Sequence) -> None:
         """Its forks run from here on, right behind it.  Each computes the prompt's last token again, for its logits."""
@@ -336,7 +368,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         """End it.  Forks that still wait for its prompt go on: the first takes its place, and its pages."""
-        sequence.finish_reason = reason
+        sequence.finish_reason, sequence.decoding = reason, None
         queue = self.running if sequence in self.running else self.waiting
         if not sequence.forks:
             queue.remove(sequence)
@@ -350,4 +382,4 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.computed, sequence.settled = [], 0, 0
+        sequence.pages, sequence.computed, sequence.settled, sequence.written = [], 0, 0, 0

@@ -25,12 +25,16 @@ NOTES = (
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment",
     "$schema", "$id", "$defs", "definitions",
 )  # fmt: skip
+MOST_BRANCHES = 64  # of oneOf, each compared with each
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
 def enforceable(schema: Any) -> dict[str, Any]:
     """The schema in the spelling that is enforced; ValueError with the name and place of what cannot be."""
-    return _Speller(schema).spelled()
+    try:
+        return _Speller(schema).spelled()
+    except RecursionError:
+        raise ValueError(f"json_schema has $refs nested more than {MOST_NESTED} deep; make it flatter") from None
 
 
 class _Speller:
@@ -79,6 +83,8 @@ class _Speller:
         rest = dict(schema)
         given = listed(rest.pop(key), f"{at}.{key}")
         if key == "oneOf":
+            if len(given) > MOST_BRANCHES:
+                raise ValueError(f"json_schema{at}.oneOf has {len(given)} branches; give at most {MOST_BRANCHES}")
             plain = [self.resolved(branch, at) for branch in given]
             for i, one in enumerate(plain):
                 for other in plain[:i]:

@@ -105,8 +105,7 @@ def guess(chunk: Chunk, parent: int, token: int) -> int | None:
             return i
     if len(chunk.guesses) == chunk.room:
         return None
-    chunk.guesses.append(token)
-    chunk.parents.append(parent)
+    chunk.guesses, chunk.parents = [*chunk.guesses, token], [*chunk.parents, parent]
     return len(chunk.guesses) - 1
 
 
@@ -121,7 +120,7 @@ def path(chunk: Chunk, node: int) -> list[int]:
 
 def branches(chunk: Chunk) -> bool:
     """Are its guesses more than a chain?"""
-    return chunk.parents != list(range(-1, len(chunk.parents) - 1))
+    return any(parent != i - 1 for i, parent in enumerate(chunk.parents))
 
 
 def ahead(chunk: Chunk, node: int) -> "Answer | Ahead":
@@ -198,7 +197,7 @@ class Speculator:
 
             if guide := chunk.sequence.payload.guide:
                 allowed = guide.allowed(chunk.guesses)
-                del chunk.guesses[allowed:], chunk.parents[allowed:]
+                chunk.guesses, chunk.parents = chunk.guesses[:allowed], chunk.parents[:allowed]
 
     def count(self, chunks: Sequence[Chunk]) -> None:
         """The step ran: keep the score."""
@@ -223,9 +222,9 @@ class Speculator:
         for chunk in chunks:
             start, end = chunk.sequence.settled, chunk.start + chunk.count
             behind.append(Chunk(chunk.sequence, start, end - start, chunk in wanted))
-        batch = prepare(behind, self.cache.page_size, self.model.device)
+        batch = prepare(behind)
         logits = self.model.forward(batch, self.cache)
-        rows = [i for i, chunk in enumerate(behind) if chunk.samples]
+        rows = [chunk.sequence.row for chunk in wanted]
         nodes = [-1] * len(wanted)
         table, lengths = batch.block_table[rows], batch.seq_lens[rows]
         for depth in range(1, self.wish.depth + 1):

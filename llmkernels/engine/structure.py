@@ -10,7 +10,7 @@ from typing import Any
 
 from llmkernels.engine import schema
 
-MOST_CHARACTERS = 1 << 16  # of a schema or grammar: compiling takes up to the square of it
+MOST_CHARACTERS = 1 << 16  # of a schema or grammar; compiling some takes the square of that
 MOST_CHOICES = 1024
 
 
@@ -25,8 +25,8 @@ class Structure:
     ebnf: a grammar in the notation of GBNF, https://github.com/ggml-org/llama.cpp/tree/master/grammars; it begins at
         the rule `root`.
     choice: the answer is one of these strings.
-    tags: a structural tag of XGrammar, https://xgrammar.mlc.ai/docs/structural_tag: text in which only some parts are
-        bound.  The server builds these for tools; schemas in it were checked by whoever built it.
+    tags: a structural tag of XGrammar: text in which only some parts are bound.  Whoever builds it, as the server does
+        for tools, checks the schemas in it.
     """
 
     json_schema: Mapping[str, Any] | bool | str | None = None
@@ -53,12 +53,14 @@ class Structure:
 
     @staticmethod
     def _json_schema(given: Any) -> tuple[str, str]:
-        if isinstance(given, str):
-            try:
-                given = json.loads(given)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"json_schema is not JSON: {error}") from None
-        return "schema", json.dumps(schema.enforceable(given), ensure_ascii=False)
+        try:
+            text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+            if len(text) > MOST_CHARACTERS:
+                raise ValueError(f"it has {len(text)} characters; at most {MOST_CHARACTERS} can be enforced")
+            plain = json.loads(text, parse_constant=_no_number)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"json_schema is no JSON Schema: {error}") from None
+        return "schema", json.dumps(schema.enforceable(plain), ensure_ascii=False)
 
     @staticmethod
     def _regex(given: Any) -> tuple[str, str]:
@@ -78,6 +80,10 @@ class Structure:
     @staticmethod
     def _tags(given: Any) -> tuple[str, str]:
         return "tags", json.dumps(given, ensure_ascii=False)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _text(name: str, given: Any) -> str:

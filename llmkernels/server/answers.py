@@ -10,16 +10,21 @@ from tokenizers import Tokenizer
 from llmkernels.engine.output import Delta, Output
 from llmkernels.engine.tokenizer import BROKEN
 from llmkernels.server.protocol import PromptDetails, Usage
+from llmkernels.server.tools import Reader, message, part_of
 
 
 class Form:
     """The shape of one response: of completions, or of chat.
 
     name: the model's, as the client knows it.
+    calls: the texts hold calls of tools.
+    logprobs: they are told, where the outputs have them.
     """
 
-    def __init__(self, name: str, tokenizer: Tokenizer | None, chat: bool):
-        self._name, self._tokenizer, self._chat = name, tokenizer, chat
+    def __init__(self, name: str, tokenizer: Tokenizer | None, chat: bool, calls: bool = False, logprobs: bool = True):
+        self._name, self._tokenizer, self._chat, self._calls = name, tokenizer, chat, calls
+        self._told = logprobs
+        self._readers: dict[int, Reader] = {}
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._begun: set[int] = set()
@@ -29,7 +34,11 @@ class Form:
         choices = []
         for index, output in enumerate(outputs):
             choice = self._choice(index, output.finish_reason, self._logprobs(output, 0, len(output.tokens)))
-            if self._chat:
+            if self._calls:
+                choice["message"] = message(output.text)
+                if output.finish_reason == "stop" and "tool_calls" in choice["message"]:
+                    choice["finish_reason"] = "tool_calls"
+            elif self._chat:
                 choice["message"] = {"role": "assistant", "content": output.text, "refusal": None}
             else:
                 choice["text"] = output.text
@@ -43,10 +52,23 @@ class Form:
         if self._chat:
             role = {} if index in self._begun else {"role": "assistant"}
             self._begun.add(index)
-            choice["delta"] = role | {"content": delta.text}
+            choice["delta"] = role | (self._called(choice, delta) if self._calls else {"content": delta.text})
         else:
             choice["text"] = delta.text
         return self._envelope([choice], whole=False)
+
+    def _called(self, choice: dict[str, Any], delta: Delta) -> dict[str, Any]:
+        """The delta's text as plain text and parts of calls."""
+        reader = self._readers.setdefault(choice["index"], Reader())
+        found: dict[str, Any] = {}
+        for part in map(part_of, reader.push(delta.text, end=delta.finish_reason is not None)):
+            if "content" in part:
+                found["content"] = found.get("content", "") + part["content"]
+            else:
+                found.setdefault("tool_calls", []).extend(part["tool_calls"])
+        if delta.finish_reason == "stop" and reader.calls:
+            choice["finish_reason"] = "tool_calls"
+        return found
 
     def last(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """The chunk without choices that ends a stream whose client wants its usage."""
@@ -62,7 +84,7 @@ class Form:
 
     def _logprobs(self, output: Output, start: int, end: int) -> dict[str, Any] | None:
         """Those of tokens start to end; None where nobody asked."""
-        if not output.params.logprobs:
+        if not output.params.logprobs or not self._told:
             return None
         tokens, own = output.tokens[start:end], output.logprobs[start:end]
         tops = output.top_logprobs[start:end] if output.params.top_logprobs else [{} for _ in tokens]

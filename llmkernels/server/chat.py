@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -60,9 +60,10 @@ class ChatTemplate:
         except TemplateError as error:
             raise CheckpointError(f"the chat template does not compile: {error}; give another one") from None
         self._special = dict(special)
+        self.tells_of_tools = "tools" in meta.find_undeclared_variables(sandbox.parse(source))
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text after which the assistant's answer begins.
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text after which the assistant's answer begins.  tools: what it may call, as OpenAI describes it.
 
         Raises:
             ChatError: the template refuses the messages, fails, or takes too long.
@@ -70,7 +71,9 @@ class ChatTemplate:
         before, sys_trace = sys.gettrace(), _Deadline(time.monotonic() + TIME)
         sys.settrace(sys_trace)  # of this thread only: it sees every line of the template's code
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special)
+            return self._template.render(
+                messages=list(messages), tools=tools, add_generation_prompt=True, **self._special
+            )
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise ChatError(f"the chat template says: {error}") from None
         finally:

@@ -49,6 +49,7 @@ def structure(tools: Sequence[Tool], choice: str, parallel: bool) -> Structure:
         begin = f'{OPEN}\n{{"name": "{function.name}", "arguments": '
         tags.append({"type": "tag", "begin": begin, "content": content, "end": CLOSE})
     several = parallel and choice in ("auto", "required")
+    form: dict[str, Any]
     if choice == "auto":
         form = {"type": "triggered_tags", "triggers": [OPEN], "tags": tags}
     else:
@@ -84,11 +85,8 @@ class Reader:
         self._held += text
         pieces: list[Piece] = []
         while True:
-            if self._inside:
-                done = self._arguments(pieces, end)
-            else:
-                done = self._text(pieces, end)
-            if done:
+            read = self._arguments if self._inside else self._text
+            if read(pieces, end):
                 return pieces
 
     def _text(self, pieces: list[Piece], end: bool) -> bool:
@@ -128,7 +126,7 @@ class Reader:
 
 def message(text: str) -> dict[str, Any]:
     """The assistant's message that a whole text is."""
-    content, calls = "", []
+    content, calls = "", list[dict[str, Any]]()
     for piece in Reader().push(text, end=True):
         if piece.call is None:
             content += piece.text
@@ -137,11 +135,11 @@ def message(text: str) -> dict[str, Any]:
             calls.append({"id": piece.id, "type": "function", "function": function})
         else:
             calls[piece.call]["function"]["arguments"] += piece.text
-    said = {"role": "assistant", "content": content or None, "refusal": None}
-    return said | ({"tool_calls": calls} if calls else {"content": content})
+    said = {"role": "assistant", "content": content or None if calls else content, "refusal": None}
+    return said | ({"tool_calls": calls} if calls else {})
 
 
-def delta(piece: Piece) -> dict[str, Any]:
+def part_of(piece: Piece) -> dict[str, Any]:
     """The part of a streamed message that a piece is."""
     if piece.call is None:
         return {"content": piece.text}

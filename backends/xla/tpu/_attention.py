@@ -1,6 +1,6 @@
 """Ragged paged attention in one Pallas kernel: decode, chunked prefill and tree verification, mixed in one grid.
 
-    q [tokens heads dim] -- XLA gathers --> tiles [tile kv_head row dim]     row = token in the tile * group + head in it
+    q [tokens heads dim] -- XLA gathers --> tiles [tile kv_head row dim]     row = token in tile * group + head in it
                                              |
     grid step = one tile of one sequence     v       pages in HBM [page kv_head slot dim], ids from the block table
       +-----------------------------------------+      +------+------+------+------+------+
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._numbers import LANES, SUBLANES, cleared, multiplied_as, multiply, rows_of_pages
+from ._numbers import LANES, cleared, multiplied_as, multiply, rows_of_pages
 from ._tiles import FIELDS, Tiles, cut
 
 MASKED = -1e30  # finite, so that a row of nothing but masked scores gives no NaN
@@ -120,18 +120,18 @@ def _scales(k_scale, v_scale, kv_heads):
 
 def _kernel(options, tiles, work, table, scales, q, *refs):
     """One tile.  In SMEM: work [FIELDS * tiles + 1], table [seqs * max_pages], both int32, scales [2 * kv_heads]."""
-    refs = list(refs)
-    sinks, slopes, words = (refs.pop(0) if there else None for there in (options.sinks, options.slopes, options.words))
-    k_hbm, v_hbm, out = refs[:3]
-    lse = refs[3] if options.lse else None
-    k_buffer, v_buffer, top, total, acc, arrived = refs[-6:]
+    given = list(refs)
+    sinks, slopes, words = (given.pop(0) if there else q for there in (options.sinks, options.slopes, options.words))
+    k_hbm, v_hbm, out = given[:3]
+    lse = given[3] if options.lse else None
+    k_buffer, v_buffer, top, total, acc, arrived = given[-6:]
     count, step, kv_heads = pl.num_programs(0), pl.program_id(0), q.shape[1]
 
     def tile(t):
         return [work[field * count + t] for field in range(FIELDS)]
 
     here = tile(step)
-    row, first_page, end_page, number, position, first_key, end_key, live, following, base = here
+    _row, first_page, end_page, number, position, first_key, end_key, live, following, base = here
     blocks = pl.cdiv(end_page - first_page, tiles.pages)
 
     def fetch(of, block):
@@ -263,7 +263,16 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
         pl.when(jnp.logical_not(inside))(lambda: multiply_block(block, True))
 
     for h in range(kv_heads):
-        _finish(h, scales[kv_heads + h] if options.scaled else None, sinks, top, total, acc, out, lse)
+        _finish(
+            h,
+            scales[kv_heads + h] if options.scaled else None,
+            sinks if options.sinks else None,
+            top,
+            total,
+            acc,
+            out,
+            lse,
+        )
 
 
 def _token(part, shape, group):

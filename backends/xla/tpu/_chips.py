@@ -73,7 +73,7 @@ def current():
     """The chip that a program is compiled for; where none is known, v4, whose sizes fit every other."""
     if emulated():
         return INTERPRETER
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None and jax.default_backend() == "tpu":
         device = jax.devices()[0]
     kind = getattr(device, "device_kind", "")

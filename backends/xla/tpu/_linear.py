@@ -60,7 +60,8 @@ def linear(
     )
     y = product(
         x.astype(kind.dot), carried(values), scales, zeros, kind=kind, blocks=blocks, x_scales=x_scales,
-        row_scale=row_scale, bias=bias, out_dtype=multiplied_as(dtype), interpret=interpreter() if emulated() else False,
+        row_scale=row_scale, bias=bias, out_dtype=multiplied_as(dtype),
+        interpret=interpreter() if emulated() else False,
     )  # fmt: skip
     return y.astype(dtype).reshape(*lead, out), kept
 
@@ -125,4 +126,5 @@ def plan(x, weight, *, activation="none", **options):
         chip, rows=rows, features=features, columns=max(1, weight.shape[1]), kind=kind,
         packed=scheme is not None and scheme.packed,
     )  # fmt: skip
-    return f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}, {b.vmem >> 10} KiB of VMEM on {chip.name}"
+    words = f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}"
+    return f"{words}, {b.vmem >> 10} KiB of VMEM on {chip.name}"

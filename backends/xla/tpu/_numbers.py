@@ -39,14 +39,16 @@ def half_as_float(bits):
     wide = bits.astype(jnp.int32)
     sign, magnitude = (wide & 0x8000) << 16, wide & 0x7FFF
     special = magnitude >= 0x7C00
-    normal = lax.bitcast_convert_type((magnitude << 13) + jnp.where(special, (255 - 31) << 23, (127 - 15) << 23), jnp.float32)
+    normal = lax.bitcast_convert_type(
+        (magnitude << 13) + jnp.where(special, (255 - 31) << 23, (127 - 15) << 23), jnp.float32
+    )
     small = magnitude.astype(jnp.float32) * 2.0**-24
     positive = jnp.where(magnitude < 0x0400, small, normal)
     return lax.bitcast_convert_type(lax.bitcast_convert_type(positive, jnp.int32) | sign, jnp.float32)
 
 
 def rows_of_pages(pages, dtype):
-    """[pages page_size dim] as stored -> [keys dim] in `dtype`; joined where a page is whole tiles, so nothing moves."""
+    """[pages page_size dim] as stored -> [keys dim] in `dtype`; joined where a page is whole tiles: no move."""
     _, page_size, dim = pages.shape
     via = next((kind for kind in (pages.dtype, dtype) if page_size % tile_rows(kind) == 0), jnp.dtype(jnp.float32))
     if pages.dtype == jnp.uint16 and via == pages.dtype:

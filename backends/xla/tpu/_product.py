@@ -6,8 +6,8 @@
         +------+------+                        +------+------+
            BK                                     BK
 
-Within a block, 128 columns at a time meet in the matrix unit, and their float32 sum is multiplied by the scales of their
-group: [groups N] lies so that a group is one row over the lanes.  So weights stay exact in bfloat16, whatever the scale.
+Within a block, 128 columns at a time meet in the matrix unit, and their float32 sum is multiplied by the scales of
+their group: [groups N] lies so that a group is one row over the lanes.  So weights stay exact in bfloat16.
 A group of 32 or 64 columns is 128 columns of which x keeps those of the group: its rows are stacked, one copy a group.
 
 int4: a byte holds two neighbouring columns, so 128 bytes are two chunks of 128 columns.  Nibbles are parted in 32-bit
@@ -27,7 +27,10 @@ from jax.experimental.pallas import tpu as pltpu
 from ._numbers import LANES, cleared, converted, multiply, tile_rows
 from ._tiles import lanes, power
 
-CHUNK = LANES  # columns that meet in the matrix unit at once
+CHUNK = LANES  # columns that meet in the matrix unit at once, where they share scales
+FEW = 64  # rows: beyond, columns that share a scale are multiplied in passes
+LONGEST = 512  # columns of such a pass
+EPILOGUE_ROWS = 32  # at a time
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,7 @@ def product(
         if each is not None:  # [steps groups parts features]: a group is a row over the lanes
             each = jnp.pad(each.T, ((0, (per_step * steps if kind.group else 1) - each.shape[1]), (0, 0)))
             operands.append(each.reshape(-1, per_step, kind.parts, features))
-            specs.append(
-                pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j))
-            )
+            specs.append(pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j)))
     if x_scales is not None:
         groups = lanes(x_scales.shape[1])
         operands.append(jnp.pad(x_scales, ((0, padded_rows - rows), (0, groups - x_scales.shape[1]))))
@@ -128,45 +129,65 @@ def _sum_dtype(kind):
 
 def _kernel(kind, there, stored, x, w, *refs):
     """One block.  x [BM BK], w [parts BN BK], scales and zeros [1 groups parts BN], x_scales [BM groups] ..."""
-    refs = list(refs)
-    scales, zeros, x_scales, row_scale, bias = (refs.pop(0) if given else None for given in there)
-    y, acc = refs
+    held = list(refs)
+    scales, zeros, x_scales, row_scale, bias = (held.pop(0) if given else None for given in there)
+    y, acc = held
     step, steps = pl.program_id(2), pl.num_programs(2)
 
     @pl.when(step == 0)
     def _():
         acc[...] = jnp.zeros_like(acc)
 
-    for part in range(kind.parts):
-        for at, chunk in _chunks(kind, w.at[part], step, stored):
-            _add(kind, part, at, x[:, at : at + chunk.shape[1]], chunk, scales, zeros, x_scales, acc, step)
+    def multiply_run(at):
+        """The run of stored columns that begins at `at`, of each part."""
+        for part in range(kind.parts):
+            for first, chunk in _chunks(kind, w.at[part], at, run, step, stored):
+                columns = x[:, pl.ds(first, chunk.shape[1])]
+                _add(kind, part, first, columns, chunk, scales, zeros, x_scales, acc, step)
+
+    run = _run(kind, *x.shape)
+    if run == w.shape[2]:
+        multiply_run(0)
+    else:  # a loop keeps one run's registers apart from the next one's
+        pl.loop(0, w.shape[2] // run)(lambda i: multiply_run(pl.multiple_of(i * run, run)))
+
+    height = min(x.shape[0], EPILOGUE_ROWS)
 
     @pl.when(step == steps - 1)
     def _():
-        z = []
-        for part in range(kind.parts):
-            value = acc[part].astype(jnp.float32)
-            if scales is not None and not kind.group:
-                value *= scales[0, 0, part][None, :]
-            if row_scale is not None:
-                value *= row_scale[...]
-            z.append(value if bias is None else value + bias[part][None, :])
-        y[...] = activated(z, kind.activation).astype(y.dtype)
+        @pl.loop(0, x.shape[0] // height)
+        def _(i):
+            rows = pl.ds(pl.multiple_of(i * height, height), height)
+            z = []
+            for part in range(kind.parts):
+                value = acc[part, rows].astype(jnp.float32)
+                if scales is not None and not kind.group:
+                    value *= scales[0, 0, part][None, :]
+                if row_scale is not None:
+                    value *= row_scale[rows]
+                z.append(value if bias is None else value + bias[part][None, :])
+            y[rows] = activated(z, kind.activation).astype(y.dtype)
 
 
-def _chunks(kind, w, step, stored):
-    """(first column, [BN columns] as multiplied) of each run of columns that meets in the matrix unit."""
-    width = w.shape[1]
+def _run(kind, rows, columns):
+    """Columns of w, as stored, that one pass multiplies."""
+    if kind.group or kind.weight in ("int4", "mxfp4"):
+        return CHUNK
+    return columns if rows <= FEW else min(columns, LONGEST)
+
+
+def _chunks(kind, w, at, run, step, stored):
+    """(first column, [BN columns] as multiplied) of what meets in the matrix unit of one run."""
     if kind.weight not in ("int4", "mxfp4"):
-        run = CHUNK if kind.group else width
-        for at in range(0, width, run):
-            yield at, _inside(converted(w[:, at : at + run], kind.dot), at, step, width, stored)
-        return
-    for at in range(0, width, LANES):
-        words = pltpu.bitcast(w[:, at : at + LANES], jnp.int32)  # four rows of bytes in each
+        yield at, _inside(converted(w[:, pl.ds(at, run)], kind.dot), at, step, w.shape[1], stored)
+    else:
+        words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)  # four rows of bytes in each
         low, high = words & 0x0F0F0F0F, lax.shift_right_logical(words, 4) & 0x0F0F0F0F
         left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
-        pair = jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)), jnp.where(left, pltpu.roll(low, LANES // 2, 1), high)
+        pair = (
+            jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
+            jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
+        )
         for half, nibbles in enumerate(pair):
             if kind.weight == "int4":  # less 8 in every byte; the bit above keeps it from borrowing
                 nibbles = ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)
@@ -261,9 +282,13 @@ def choose(chip, *, rows, features, columns, kind, packed):
     Many rows: as many as fit, since the weight is read, and unpacked, once for each BM of them."""
     size = jnp.dtype(kind.dot).itemsize
     unit = tile_rows(kind.dot)
-    m = min(-(-rows // unit) * unit, 512 if size < 4 else 256)
+    most = 512 if size < 4 else 256
+    m = min(-(-rows // unit) * unit, most)
+    m = -(-m // EPILOGUE_ROWS) * EPILOGUE_ROWS if m > EPILOGUE_ROWS else m
     least = 2 * CHUNK if packed else CHUNK
-    n = min(power(max(features, LANES)), 512 // kind.parts)
+    stacked = 0 < kind.group < CHUNK  # copies of x, and sums, for each group of a chunk
+    n = min(power(max(features, LANES)), (128 if stacked or kind.weight == "mxfp4" else 512) // kind.parts)
+    n = max(n, LANES)
     stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
     k = min(power(max(columns, least)), 2048)
 

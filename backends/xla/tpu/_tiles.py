@@ -8,6 +8,7 @@ Shapes decide how many tiles there are: tokens // size + seqs, or tokens where t
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,7 +16,7 @@ from ._numbers import LANES, SUBLANES, tile_rows
 
 FIELDS = 10  # numbers of one tile in `scalars`
 MOST_UNROLLED = 16  # rows
-# Measured in the schedules that libtpu makes (docs/tpu.md): more keys a block cost fewer bundles each, until they spill.
+# From libtpu's schedules (docs/tpu.md): with more keys a block each costs fewer bundles, until registers spill.
 DECODE_KEYS = 768
 SCORES = 24 * 1024  # of an unrolled update: 24 of the 64 registers
 PREFILL_KEYS = 256
@@ -57,9 +58,9 @@ class Work:
         place: [tokens], where each token lies: tile * size + index.
     """
 
-    scalars: object
-    token: object
-    place: object
+    scalars: jax.Array
+    token: jax.Array
+    place: jax.Array
     size: int
     group: int
     rows: int
@@ -146,8 +147,8 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
     unrolled, narrow = rows <= MOST_UNROLLED, costly or needs_float32(dtype, stored)
     wanted = (DECODE_KEYS if unrolled and not narrow else PREFILL_KEYS) // page_size
     pages = max(1, min(wanted, chip.pages, chip.vmem_limit // 2 // (4 * page_bytes)))
-    scores = SCORES // 4 if narrow else SCORES
-    height = rows if unrolled else _divisor(rows, max(unit, ROWS // 4 if narrow else ROWS), unit)
+    scores = SCORES // 6 if narrow else SCORES
+    height = rows if unrolled else _divisor(rows, max(unit, ROWS // 8 if narrow else ROWS), unit)
     at_once = _divisor(kv_heads, max(1, scores // (rows * pages * page_size)), 1) if unrolled else 1
     row_bytes = (2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize
     vmem = 2 * pages * page_bytes + kv_heads * rows * row_bytes

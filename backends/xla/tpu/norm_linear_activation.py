@@ -1,4 +1,4 @@
-"""act(norm(x + residual) @ weightT + bias) on a TPU, dense and quantized: _linear.py prepares x, _product.py multiplies."""
+"""act(norm(x + residual) @ weightT + bias) on a TPU, dense and quantized: _linear.py, then _product.py."""
 
 from ._linear import linear, plan, refuse_sum
 

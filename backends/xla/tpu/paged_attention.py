@@ -25,9 +25,10 @@ def takes(
         reason = f"tree_mask has {tree_mask.shape[1]} words; takes at most {MOST_WORDS}"
         yield "SHAPE", reason, f"verify at most {MOST_WORDS * 32} tokens of a sequence at once"
     if 0 in q.shape or 0 in k_cache.shape or 0 in block_table.shape:
-        yield "SHAPE", f"q is {list(q.shape)}, block_table {list(block_table.shape)}; a grid needs a tile", "do not call"
+        reason = f"q is {list(q.shape)}, block_table {list(block_table.shape)}; a grid needs a tile"
+        yield "SHAPE", reason, "give at least one token and one page"
         return
-    scalars = 4 * (block_table.shape[0] * block_table.shape[1] + FIELDS * count_tiles(q.shape[0], *seq_lens.shape, 1))
+    scalars = 4 * (block_table.shape[0] * block_table.shape[1] + FIELDS * count_tiles(q.shape[0], seq_lens.shape[0], 1))
     if scalars > SMEM:
         reason = f"block_table and tiles take {scalars} bytes of scalar memory; there are {SMEM}"
         yield "SHAPE", reason, "use larger pages, or fewer sequences a call"
@@ -64,7 +65,10 @@ def sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, costly, chip):
     )  # fmt: skip
 
 
-def plan(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, max_seqlen_q=None, soft_cap=0.0, alibi_slopes=None, tree_mask=None, **_):
+def plan(
+    q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, max_seqlen_q=None, soft_cap=0.0, alibi_slopes=None,
+    tree_mask=None, **_options,
+):  # fmt: skip
     """What the cost model chose, in words, for `explain`."""
     chip = current()
     costly = bool(soft_cap) or alibi_slopes is not None or tree_mask is not None

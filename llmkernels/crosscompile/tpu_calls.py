@@ -1,0 +1,128 @@
+"""The calls that a backend's Pallas kernels are compiled for: every kind of call, at sizes of real models."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128  # Llama 3 8B
+HIDDEN = 4096
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op by shapes.
+
+    Args:
+        arrays, options: name -> (shape, dtype), or a Python value; a weight is ('weight', scheme, out, in).
+    """
+
+    op: str
+    name: str
+    dtype: str
+    arrays: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def calls() -> Iterator[Call]:
+    yield from _attention()
+    yield from _products()
+    yield from _layers()
+
+
+def _attention() -> Iterator[Call]:
+    def call(
+        name: str, tokens: int = 8, seqs: int = 8, keys: int = 2048, heads: int = HEADS, kv_heads: int = KV_HEADS,
+        dim: int = DIM, v_dim: int | None = None, page: int = PAGE, dtype: str = "bfloat16", stored: str | None = None,
+        **options: Any,
+    ) -> Call:  # fmt: skip
+        pages = keys // page
+        cache = (min(seqs * pages, 4096), page, kv_heads)
+        arrays = {
+            "q": ((tokens, heads, dim), dtype),
+            "k_cache": ((*cache, dim), stored or dtype),
+            "v_cache": ((*cache, v_dim or dim), stored or dtype),
+            "block_table": ((seqs, pages), "int32"),
+            "seq_lens": ((seqs,), "int32"),
+            "cu_seqlens_q": ((seqs + 1,), "int32"),
+        }
+        defaults = {"scale": None, "causal": True, "window": (-1, -1), "soft_cap": 0.0, "return_lse": False}
+        absent = dict.fromkeys(("sinks", "alibi_slopes", "k_scale", "v_scale", "tree_mask"))
+        bounds = {"max_seqlen_q": None, "max_seqlen_k": None}
+        return Call("paged_attention", name, dtype, arrays, defaults | absent | bounds | options)
+
+    head = ((HEADS,), "float32")
+    one = ((1,), "float32")
+    yield call("decode 8 x 2k")
+    yield call("decode 64 x 16k", tokens=64, seqs=64, keys=16384)
+    yield call("decode, pages of 16", page=16)
+    yield call("decode, heads of 64", dim=64)
+    yield call("decode, heads of 256", dim=256)
+    yield call("decode, MHA", heads=8)
+    yield call("decode, group of 7", heads=14, kv_heads=2)
+    yield call("decode, MLA", heads=16, kv_heads=1, dim=576, v_dim=512)
+    for stored in ("int8", "float8_e4m3fn", "float8_e5m2"):
+        yield call(f"decode, {stored} cache", stored=stored, k_scale=one, v_scale=one)
+    yield call("decode", dtype="float16")
+    yield call("decode", dtype="float32")
+    yield call("prefill 2 x 256", tokens=512, seqs=2)
+    yield call("prefill 1 x 2048", tokens=2048, seqs=1)
+    yield call("chunks in float32", tokens=64, seqs=2, dtype="float32")
+    yield call("window and lse", tokens=64, seqs=4, window=(1024, 0), return_lse=True)
+    yield call("soft cap, sinks", tokens=64, seqs=4, soft_cap=30.0, sinks=head)
+    yield call("ALiBi", tokens=64, seqs=4, alibi_slopes=head)
+    yield call("tree", tokens=64, seqs=8, tree_mask=((64, 1), "uint32"))
+
+
+def _products() -> Iterator[Call]:
+    schemes = (
+        "w4a16_g128",
+        "w4a16_g128_zp",
+        "w4a16_g32",
+        "w4a8_g128",
+        "w8a16",
+        "w8a8",
+        "fp8_row",
+        "fp8_block",
+        "mxfp4",
+    )
+    for scheme in schemes:
+        for rows in (8, 512):
+            yield Call(
+                "quantized_gemm", f"{scheme}, {rows} rows", "bfloat16",
+                {"x": ((rows, HIDDEN), "bfloat16"), "weight": ("weight", scheme, HIDDEN, HIDDEN)}, {"bias": None},
+            )  # fmt: skip
+
+
+def _layers() -> Iterator[Call]:
+    options = {"norm": "rms", "norm_bias": None, "residual": None, "bias": None, "eps": 1e-6, "return_residual": False}
+    gain = ((HIDDEN,), "bfloat16")
+    dense: Any = ((2 * HIDDEN, HIDDEN), "bfloat16")
+    for name, weight in (("dense", dense), ("w4a16_g128", ("weight", "w4a16_g128", 2 * HIDDEN, HIDDEN))):
+        for rows in (8, 512):
+            for activation in ("swiglu", "gelu_tanh"):
+                yield Call(
+                    "norm_linear_activation", f"rms, {name}, {activation}, {rows} rows", "bfloat16",
+                    {"x": ((rows, HIDDEN), "bfloat16"), "weight": weight},
+                    options | {"norm_weight": gain, "activation": activation},
+                )  # fmt: skip
+
+
+def arguments(call: Call, weight_of: Callable, array: Callable) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """(arrays in order, arrays among the options, Python values), every array made by `array(shape, dtype)`."""
+
+    def made(value: Any) -> Any:
+        if _is_weight(value):
+            return weight_of(*value[1:])
+        return array(*value) if _is_array(value) else value
+
+    named = {name: made(value) for name, value in call.options.items() if _is_array(value)}
+    fixed = {name: value for name, value in call.options.items() if not _is_array(value)}
+    return [made(value) for value in call.arrays.values()], named, fixed
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 4 and value[0] == "weight"
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple)

@@ -1,0 +1,98 @@
+"""Mistakes planted in the source of the ragged attention kernel, and whether the interpreted calls notice each one.
+
+    python tests/pallas_faults.py [NAME ...]      one JSON object: name -> what was noticed, null where nothing was
+
+Each fault copies backends/xla, changes a line, and runs small calls of pallas_calls.py in both modes of the interpreter
+until one is wrong.  Each has its own process and time limit: a copy that nobody starts is waited for without end.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 60  # seconds
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in _attention.py; without `old` the block table names a page that does not exist."""
+
+    calls: tuple[str, ...]
+    old: str = ""
+    new: str = ""
+
+
+FAULTS = {
+    "no wait for a copy": Fault(("decode",), "await_pages(block, not edge)", "pass"),
+    "no wait for whole blocks": Fault(
+        ("decode",), "if full:", "if full:\n                continue\n            if False:"
+    ),
+    "a copy into the buffer that is read": Fault(
+        ("decode",),
+        "lax.rem(number + block, 2)\n        for i in range",
+        "lax.rem(number + block + 1, 2)\n        for i in range",
+    ),
+    "every copy into one buffer": Fault(("decode",), "lax.rem(number + block, 2)", "0 * (number + block)"),
+    "a page that does not exist": Fault(("decode",)),
+    "values at the edge are not cleared": Fault(("decode",), "            _clear(", "            _ignore("),
+    "the scale of the first head": Fault(("int8 cache",), "scales[head] * factor", "scales[0] * factor"),
+    "the scale of keys for values": Fault(("int8 cache",), "scales[kv_heads + h]", "scales[h]"),
+    "the window holds a key too few": Fault(
+        ("window",), "key >= own - options.window[0]", "key > own - options.window[0]"
+    ),
+    "a key of the future": Fault(("mixed",), "seen &= key <= own\n", "seen &= key <= own + 1\n"),
+    "the sum is not rescaled": Fault(("decode",), "total[held, part] = shrink * total", "total[held, part] = total"),
+}
+
+
+def main(names):
+    told = {}
+    for name in names or FAULTS:
+        fault = FAULTS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(ROOT / "backends" / "xla", Path(folder) / "xla")
+            plant(fault, Path(folder) / "xla" / "tpu" / "_attention.py")
+            program = [sys.executable, __file__, "--run", folder, json.dumps(fault.calls), "" if fault.old else "page"]
+            try:
+                done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE, check=False)
+            except subprocess.TimeoutExpired:
+                told[name] = f"did not end in {PATIENCE} s"
+                continue
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+        told[name] = json.loads(done.stdout)
+    print(json.dumps(told))
+
+
+def plant(fault, file):
+    text = file.read_text()
+    if fault.old not in text:
+        raise ValueError(f"{file.name} no longer has {fault.old!r}: plant the fault elsewhere")
+    text = text.replace(fault.old, fault.new) if fault.old else text
+    file.write_text(text + "\n\ndef _ignore(*_):\n    pass\n")
+
+
+def run(folder, calls, page):
+    """What is wrong with the first call that is, or None."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import llmkernels.backends as backends
+
+    backends.__path__.insert(0, folder)
+    from pallas_calls import MODES, complaint
+
+    found = (complaint(name, mode, 999 if page else None) for name in calls for mode in MODES)
+    return next((what for what in found if what), None)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        print(json.dumps(run(sys.argv[2], json.loads(sys.argv[3]), sys.argv[4])))
+    else:
+        main(sys.argv[1:])

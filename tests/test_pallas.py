@@ -1,0 +1,89 @@
+"""Pallas kernels for TPUs on a machine without one: interpreted in both modes of copies, faults planted, exported."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pallas_calls
+import pallas_faults
+import pytest
+
+pytestmark = pytest.mark.skipif(not util.find_spec("jax"), reason="jax is not installed")
+QUICK = (
+    "no wait for a copy",
+    "every copy into one buffer",
+    "a page that does not exist",
+    "the scale of the first head",
+)
+
+
+def told(script, *names, seconds=250):
+    """What a script says; in a process of its own, since a kernel that waits for nothing never ends."""
+    done = subprocess.run(
+        [sys.executable, script, *names], capture_output=True, text=True, env=os.environ, timeout=seconds, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_interpreted_calls_are_right_however_late_copies_come():
+    assert told(pallas_calls.__file__) == {
+        f"{name}, {mode}": None for name in pallas_calls.CALLS for mode in pallas_calls.MODES
+    }
+
+
+def test_planted_faults_are_noticed():
+    found = told(pallas_faults.__file__, *QUICK)
+    assert all(found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_planted_fault_is_noticed():
+    found = told(pallas_faults.__file__, seconds=550)
+    assert all(found.values()), found
+
+
+EXPORT = """
+import os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+from jax import export
+from llmkernels.crosscompile import tpu
+from llmkernels.crosscompile.tpu_calls import calls
+for call in calls():
+    if call.name in ("decode 8 x 2k", "w4a16_g128, 8 rows", "rms, dense, swiglu, 8 rows"):
+        run, positional, named = tpu.program("xla", call)
+        artifact = export.export(jax.jit(run), platforms=["tpu"])(positional, named)
+        assert "tpu_custom_call" in artifact.mlir_module(), call.name
+        print(call.op, len(artifact.serialize()))
+assert "libtpu" not in sys.modules
+"""
+
+
+def test_kernels_are_exported_for_tpus_without_libtpu():
+    done = subprocess.run([sys.executable, "-c", EXPORT], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_a_kept_schedule_is_read(tmp_path):
+    """Loops, slots, spills and branches of a program that is written out here as libtpu writes it."""
+    from llmkernels.crosscompile.schedule import read
+
+    stem = "17-kernel.1"
+    bundles = ["     0   :  { %1 = sbr.rel (%p1) target = $region3 }", "  0x1 LB: > { vst /* Start region 2 */ }"]
+    bundles += ["  0x2   : > { }", "  0x3   :  { nop } /* Start region 3 */"]
+    (tmp_path / f"{stem}-72-final_bundles.txt").write_text("\n".join(["= control target key start", *bundles]))
+    units = "== CAPACTIY:\nMXU, VSTORE:SPILL\n2 2\n== UTILIZATION:\n0 0\n2 1\n1 0\n0 0\n"
+    (tmp_path / f"{stem}-70-final_hlo-static-per-bundle-utilization.txt").write_text(units)
+    vmem = "#allocation1 [shape = 'f32[8]', space=vmem, size = 0x100, scoped, tag = 'scratch operand']"
+    (tmp_path / f"{stem}-02-original.txt").write_text(vmem)
+    (program,) = read(Path(tmp_path))
+    assert (program.name, program.bundles, program.spills, program.vmem) == ("kernel.1", 4, 1, 256)
+    assert list(program.loops(1)) == [range(1, 3)]
+    assert program.skips == [(0, 3)]
+    assert program.used("MXU", range(1, 3)) == 0.75
