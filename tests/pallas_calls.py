@@ -61,8 +61,6 @@ def complaint(name, mode, rows=None):
         out = np.asarray(out)
     except Exception as error:  # whatever the interpreter says of a copy is what it noticed
         raised = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
-        if "planted" in raised:
-            raise
         return raised
     if mode == "eager" and interpret_pallas_call.races.races_found:
         return "a race"

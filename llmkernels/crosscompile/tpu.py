@@ -75,10 +75,14 @@ def _row(backend: str, call: Call, target: str) -> dict[str, Any]:
         compile_call(backend, call, target)
         row |= numbers(max(schedule.read(folder), key=lambda program: program.used("MXU") * program.bundles))
     except Exception as error:  # whatever a compiler raises is why the kernel was not compiled
-        row["why"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        row["why"] = _raised(error)
     shutil.rmtree(folder)
     folder.mkdir()
     return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def numbers(program: schedule.Schedule) -> dict[str, Any]:
