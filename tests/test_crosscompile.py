@@ -53,14 +53,6 @@ def test_what_is_worse_than_before():
     assert not list(record.worse([row(registers=100)], kept | {"triton": "another"}))
 
 
-def test_a_known_spill_must_not_grow():
-    kept = {"triton": record.version(), "rows": [row(spills=9)]}
-    assert not list(record.faults(row(spills=9), record.spilled(kept)))
-    assert list(record.faults(row(spills=10), record.spilled(kept)))
-    assert list(record.faults(row(spills=9, launch="another"), record.spilled(kept)))
-    assert list(record.faults(row(spills=9), record.spilled(kept | {"triton": "another"})))
-
-
 def test_occupancy_is_the_smallest_of_registers_waves_and_shared_memory():
     assert find("sm_90").occupancy(registers=32, shared=0, warps=4) == 16
     assert find("sm_90").occupancy(registers=255, shared=0, warps=4) == 2

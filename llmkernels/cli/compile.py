@@ -48,7 +48,7 @@ def compile_(
 ) -> None:
     """Compile a backend's kernels for chips that are not here: registers, spills, shared memory, matrix instructions.
 
-    Exit code 1: a kernel that does not compile, is never launched, spills more than --against knows of, takes too much
+    Exit code 1: a kernel that does not compile, is never launched, spills, takes too much
     shared memory, lacks matrix instructions, or is otherwise worse than --against says.
     """
     if backend == "xla":
@@ -88,8 +88,7 @@ def compile_(
         for built in compile_all(selected, jobs, patience, cache):
             rows.append(kept.row(built))
             bar.update(task, advance=1, description=f"{built.launch.kernel} {built.launch.chip.name}")
-    known = kept.spilled(old) if old else {}
-    told = [(one, what) for one in rows for what in kept.faults(one, known)]
+    told = [(one, what) for one in rows for what in kept.faults(one)]
     told += kept.worse(rows, old) if old else []
     problems += _sentences(told)
     report = kept.report(backend, rows, problems)

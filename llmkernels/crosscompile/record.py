@@ -28,20 +28,15 @@ def row(built: Built) -> dict[str, Any]:
     return words | {"timed": launch.timed} | numbers | {"why": built.why}
 
 
-def spilled(report: Mapping[str, Any]) -> dict[tuple[str, str, str], int]:
-    """The spills of a kept report: known ones, that must not grow.  Of another version of Triton they say nothing."""
-    return {_key(one): one["spills"] for one in report["rows"] if one["spills"] and report.get("triton") == version()}
-
-
-def faults(one: Mapping[str, Any], known: Mapping[tuple[str, str, str], int] | None = None) -> Iterator[str]:
-    """What is wrong with a compiled launch; `known` has the spills of the kept report."""
+def faults(one: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a compiled launch."""
     if one["why"]:
         yield one["why"]
         return
     limit = CHIPS[one["target"]].shared_block
     if one["shared"] > limit:
         yield f"takes {one['shared']} bytes of shared memory; {one['target']} has {limit}"
-    if one["spills"] > (known or {}).get(_key(one), 0):
+    if one["spills"]:
         yield f"spills {one['spills']} registers to memory"
     if one["products"] and not one["matrix"]:
         yield f"multiplies {', '.join(one['products'])} without a matrix instruction"
