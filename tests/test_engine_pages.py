@@ -118,9 +118,11 @@ class Pages(RuleBasedStateMachine):
 
     def write(self, which, sequence, position, text, writers):
         page, offset = divmod(position, self.size)
-        page = sequence.pages[page]
+        page, key = sequence.pages[page], (sequence.scope, *text)
+        if self.keys[which][page][offset] == key:
+            return  # computed again, as forks do with the prompt's last token: others may read it meanwhile
         assert writers.setdefault(page, sequence) is sequence, "two write into one page"
-        self.keys[which][page][offset] = (sequence.scope, *text)
+        self.keys[which][page][offset] = key
 
     def at(self, which, sequence, position):
         page, offset = divmod(position, self.size)

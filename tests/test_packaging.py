@@ -269,8 +269,9 @@ def test_what_is_imported_is_declared():
         optional = {"jax"} if path.name == "jax_api.py" else set()
         if path.parent.name == "server":
             optional = {Requirement(line).name.replace("-", "_") for line in extras["serve"]}
-        if adapters in path.parents:  # its engine loads it, and is there then: vllm_norms.py, transformers/paged.py
-            optional = {path.relative_to(adapters).parts[0].removesuffix(".py").partition("_")[0]}
+        if adapters in path.parents:  # its engine loads it, and is there then: vllm_norms.py, torch_xla.py
+            name = path.relative_to(adapters).parts[0].removesuffix(".py")
+            optional = {name, name.partition("_")[0]}
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = (
