@@ -5,7 +5,7 @@
 
 Reuse: a chat of 20 turns, each of which sends all that was said before, as text; and requests that share a system
 prompt.  One request at a time, each with the engine's reuse on and off; the time to the first token is the median of
-the rounds, and each round begins with nothing in the cache.  The answers of both must be the same.
+the rounds, and each round begins with nothing in the cache.  Whether both answer the same is counted beforehand.
 
 Pages: requests of sampled lengths in a cache with room for CONTIGUOUS sequences of max_length.  After each step the
 engine's own counts say how many slots of its pages hold nothing.  Contiguous allocation would give each of the same
@@ -32,8 +32,8 @@ from llmkernels import roofline, status
 from llmkernels.bench import plot, results
 from llmkernels.engine import LLM, SamplingParams
 
-THREADS, ROUNDS, TURNS, ANSWER = 2, 5, 20, 24  # ANSWER: tokens of an answer in a chat
-CONTIGUOUS, REQUESTS = 8, 128  # sequences of max_length that the cache has room for; requests of sampled lengths
+THREADS, ROUNDS, TURNS, ANSWER = 2, 3, 20, 24  # ANSWER: tokens of an answer in a chat
+CONTIGUOUS, REQUESTS = 8, 96  # sequences of max_length that the cache has room for; requests of sampled lengths
 WORDS = (
     "ls cp mv rm cat grep sed awk sort uniq head tail find tar gzip chmod chown mount kill ps top du df ln touch mkdir"
 )
@@ -66,8 +66,8 @@ def main() -> None:
         )
     memory = report["memory"]
     print(
-        f"memory: {memory['paged_waste']:.1%} of the slots unused in pages, {memory['contiguous_waste']:.1%} contiguous; "
-        f"{memory['most_at_once']} sequences at once where contiguous has room for {CONTIGUOUS}"
+        f"memory: {memory['paged_waste']:.1%} of the slots unused in pages, {memory['contiguous_waste']:.1%} "
+        f"contiguous; {memory['most_at_once']} sequences at once where contiguous has room for {CONTIGUOUS}"
     )
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -80,24 +80,24 @@ def measure(quick: bool) -> dict[str, Any]:
     on, off = LLM(device="cpu"), LLM(device="cpu", prefix_reuse=False)
     questions = [f"user: What does the {COMMANDS[i]} command do?\nassistant:" for i in range(turns)]
     chat, answers = [questions[0]], []
-    for turn in range(turns):  # the warm-up as well: every kind of call has run once, and the answers are known
-        answers.append(write(off, chat[turn], None)[0])
+    for turn in range(turns):  # what was answered is part of what is sent next
+        answers.append(write(off, chat[turn], None, ANSWER)[0])
         if turn + 1 < turns:
             chat.append(f"{chat[turn]}{off.tokenizer.decode(answers[turn])}\n{questions[turn + 1]}")
     shared = [f"system: {SYSTEM}\n{question}" for question in questions]
     return {
         "rounds": rounds,
         "dtype": off.config.dtype,
-        "chat": reuse(on, off, chat, rounds),
-        "shared_prompt": reuse(on, off, shared, rounds),
+        "chat": reuse(on, off, chat, ANSWER, rounds),
+        "shared_prompt": reuse(on, off, shared, 8, rounds),
         "memory": memory(count),
     }
 
 
-def write(llm: LLM, prompt: str, salt: str | None) -> tuple[list[int], float, int]:
+def write(llm: LLM, prompt: str, salt: str | None, most: int) -> tuple[list[int], float, int]:
     """The answer to a prompt, seconds to its first token, and how many tokens of the prompt were cached."""
     start = time.perf_counter()
-    deltas = llm.stream(prompt, SamplingParams(max_tokens=ANSWER, ignore_eos=True), salt=salt)
+    deltas = llm.stream(prompt, SamplingParams(max_tokens=most, ignore_eos=True), salt=salt)
     output = next(deltas).output
     first = time.perf_counter() - start
     for _ in deltas:
@@ -105,16 +105,16 @@ def write(llm: LLM, prompt: str, salt: str | None) -> tuple[list[int], float, in
     return output.tokens, first, output.cached_tokens
 
 
-def reuse(on: LLM, off: LLM, prompts: list[str], rounds: int) -> dict[str, Any]:
+def reuse(on: LLM, off: LLM, prompts: list[str], answer: int, rounds: int) -> dict[str, Any]:
     """A row for each prompt, in the order in which they are sent, and their sum."""
-    for prompt in prompts:  # the chunks behind cached prefixes have sizes of their own
-        write(on, prompt, "warm-up"), write(off, prompt, None)
+    different = 0  # the warm-up as well: the chunks behind cached prefixes have sizes of their own
+    for prompt in prompts:
+        different += write(on, prompt, "warm-up", answer)[0] != write(off, prompt, None, answer)[0]
     runs = []
-    for number in range(rounds):  # a salt of its own: a cold cache
-        runs.append([(write(on, prompt, f"{number}"), write(off, prompt, None)) for prompt in prompts])
-    rows, different = [], 0
+    for number in range(rounds):  # a salt of its own: a cold cache; one token is enough where nothing is kept
+        runs.append([(write(on, prompt, f"{number}", answer), write(off, prompt, None, 1)) for prompt in prompts])
+    rows = []
     for prompt, pairs in zip(prompts, zip(*runs, strict=True), strict=True):
-        different += any(with_reuse[0] != without[0] for with_reuse, without in pairs)
         cached = {with_reuse[2] for with_reuse, _ in pairs}
         assert len(cached) == 1, f"the rounds found different prefixes: {cached}"
         tokens = len(on.encode(prompt))
