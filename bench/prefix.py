@@ -32,7 +32,7 @@ from llmkernels import roofline, status
 from llmkernels.bench import plot, results
 from llmkernels.engine import LLM, SamplingParams
 
-THREADS, ROUNDS, TURNS, ANSWER = 2, 3, 20, 24  # ANSWER: tokens of an answer in a chat
+ROUNDS, TURNS, ANSWER = 3, 20, 24  # ANSWER: tokens of an answer in a chat
 CONTIGUOUS, REQUESTS = 8, 96  # sequences of max_length that the cache has room for; requests of sampled lengths
 WORDS = (
     "ls cp mv rm cat grep sed awk sort uniq head tail find tar gzip chmod chown mount kill ps top du df ln touch mkdir"
@@ -48,8 +48,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few turns and requests; nothing is written unless asked")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--plot", type=Path, help="where the picture goes")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(options.threads)
     device = roofline.device_name("cpu")
     if not options.quick and (place := results.place(device)):
         options.json = options.json or place.with_name(f"{place.stem}-prefix.json")
@@ -57,7 +58,7 @@ def main() -> None:
     with llmkernels.use(policy="silent"):
         report = measure(options.quick)
     command = shlex.join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *sys.argv[1:]])
-    report = {"device": device, "command": command, "versions": status.versions(), "threads": THREADS} | report
+    report = {"device": device, "command": command, "versions": status.versions(), "threads": options.threads} | report
     for name in ("chat", "shared_prompt"):
         total = report[name]["total"]
         print(
@@ -197,7 +198,12 @@ def draw(report: dict[str, Any], file: Path) -> None:
         )
         figure.subplots_adjust(left=0.055, right=0.985, top=0.7, bottom=0.13, wspace=0.25)
         figure.text(
-            0.055, 0.91, f"{report['device']}, {report['threads']} threads", size=17, weight="bold", color=plot.INK
+            0.055,
+            0.91,
+            f"{report['device']}, {report['threads']} thread{'s' * (report['threads'] > 1)}",
+            size=17,
+            weight="bold",
+            color=plot.INK,
         )
         words = "Time to the first token of each request, one at a time; and slots of the cache that hold nothing."
         figure.text(0.055, 0.845, words, size=11, color=plot.FAINT)
@@ -207,12 +213,14 @@ def draw(report: dict[str, Any], file: Path) -> None:
             for key, label, color in (("off_ms", "reuse off", plot.SLOWER), ("on_ms", "reuse on", plot.FASTER)):
                 times = [line[key] for line in rows]
                 panel.plot(turns, times, color=color, lw=2, marker="o", ms=5, mec=plot.PAPER, label=label, zorder=3)
-            panel.set_ylim(bottom=0)
+            highest = max(line[key] for line in rows for key in ("on_ms", "off_ms"))
+            panel.set_ylim(0, 1.3 * highest)  # room for the legend
+            panel.xaxis.get_major_locator().set_params(integer=True)
             panel.set_xlabel("request", color=plot.INK)
             panel.set_ylabel("ms", color=plot.INK)
-            panel.set_title(f"{title}: {total['cached_share']:.0%} of the tokens cached, "
-                            f"{total['time_saved']:.0%} less time", size=10.5, color=plot.INK, loc="left")  # fmt: skip
-            panel.legend(frameon=False, labelcolor=plot.INK, loc="upper left")
+            words = f"{title}: {total['cached_share']:.0%} cached, {total['time_saved']:.0%} less time"
+            panel.set_title(words, size=10.5, color=plot.INK, loc="left")
+            panel.legend(frameon=False, labelcolor=plot.INK, loc="upper left", ncols=2)
         memory, panel = report["memory"], panels[2]
         shares = [100 * memory["contiguous_waste"], 100 * memory["paged_waste"]]
         bars = panel.bar(["contiguous", "pages"], shares, color=(plot.SLOWER, plot.FASTER), width=0.6, zorder=3)
