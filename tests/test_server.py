@@ -200,13 +200,21 @@ def test_the_key_is_asked_for_everywhere_but_at_health(url):
     assert httpx.get(f"{url}/health").text == "ok\n"
 
 
+METRICS = [
+    *("running", "waiting", "pages_used", "pages_idle", "pages_empty", "preemptions_total", "prefix_hit_rate"),
+    *("prefix_asked_tokens_total", "prefix_found_tokens_total", "guessed_tokens_total", "accepted_tokens_total"),
+    *("prompt_tokens_total", "generated_tokens_total", "answers_total", "decode_replayed_steps_total"),
+    *("first_token_seconds_bucket", "next_token_seconds_bucket", "op_calls_total"),
+]
+
+
 def test_models_and_metrics(client, http):
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).owned_by == "llmkernels"
     client.completions.create(model=NAME, prompt="x", max_tokens=3)
     text = http.get("/metrics").text
-    for name in ("running", "pages_idle", "prefix_found_tokens_total", "next_token_seconds_bucket", "op_calls_total"):
-        assert f"llmkernels_{name}" in text
+    for name in METRICS:
+        assert f"\nllmkernels_{name}" in text, name
     assert 'llmkernels_op_calls_total{backend="cpu",op="paged_attention"}' in text
 
 
@@ -304,6 +312,7 @@ def test_the_openapi_file_is_complete(http):
     assert set(paths) == {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/embeddings",
         "/v1/models",
         "/v1/models/{model}",
         "/health",

@@ -20,7 +20,8 @@ from llmkernels.server.chat import ChatTemplate
 KEY = "key"
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
-EXAMPLES = {"/v1/completions": 40, "/v1/chat/completions": 40, "/v1/models/{model}": 20}  # others take no arguments
+# of routes that take arguments
+EXAMPLES = {"/v1/completions": 40, "/v1/chat/completions": 40, "/v1/embeddings": 20, "/v1/models/{model}": 20}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.lora import Adapters
 from llmkernels.engine.options import (
     CACHE_DTYPES,
+    as_list,
     build_speculator,
     default_params,
     device_of,
@@ -22,6 +23,7 @@ from llmkernels.engine.options import (
 )
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.engine.pages import PagePool
+from llmkernels.engine.pooling import Mean
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
@@ -142,7 +144,7 @@ class LLM:
         Raises:
             ValueError: a prompt is empty, too long, or holds an id that is no token; nothing has run then.
         """
-        batch = _batch(prompts)
+        batch = as_list(prompts)
         each = params if isinstance(params, list) else [params] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one for all, or one each")
@@ -173,6 +175,11 @@ class LLM:
         advance with it.
         """
         return self._follow(self.add(prompt, params, salt=salt, adapter=adapter))
+
+    def embed(self, prompts: Prompt | list[Prompt], *, adapter: str | None = None) -> list[list[float]]:
+        """For each prompt the mean of its final hidden states, of length 1.  Errors as `generate`."""
+        outputs = self.generate(prompts, SamplingParams(max_tokens=1, embed=True), adapter=adapter)
+        return [output.embedding for output in outputs]
 
     def beam_search(self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None) -> list[Beam]:
         """The likeliest answers to a prompt that beam search finds, params.width of them, the best first.
@@ -375,6 +382,7 @@ class LLM:
             sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=scope)
             if used:
                 sequence.adapter = used.slot
+            sequence.pooled = Mean() if params.embed else None
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
             stops = StopStrings(params.stop)
             output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
@@ -384,8 +392,3 @@ class LLM:
             outputs.append(output)
         outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]
         return outputs
-
-
-def _batch(prompts: Prompt | list[Prompt]) -> list[Any]:
-    """Always a list of prompts."""
-    return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)

@@ -13,6 +13,7 @@ A layer is eight calls, and no arithmetic happens outside them:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,7 @@ class Batch:
     max_seqlen_q, max_seqlen_k: upper bounds, rounded up so that few different ones occur.
     tree_mask: uint32 [tokens 1], where a sequence's new tokens are a tree of guesses: those that each of them sees.
     adapters: int32 [tokens], -1 for none; None where no token has an adapter.
+    hidden: is given the hidden states behind the last norm, [tokens hidden]; None: nobody wants them.
     """
 
     tokens: torch.Tensor
@@ -116,6 +118,7 @@ class Batch:
     max_seqlen_k: int
     tree_mask: torch.Tensor | None = None
     adapters: torch.Tensor | None = None
+    hidden: Callable[[torch.Tensor], None] | None = None
 
 
 @dataclass
@@ -151,6 +154,8 @@ class Model:
             x = _product(self._attention(index, layer, qkv, batch, cache), layer.o, adapters)
             h, residual = self._normed(x, residual, layer.post_norm, layer.gate_up, adapters, "swiglu")
             x = _product(h, layer.down, adapters)
+        if batch.hidden:
+            batch.hidden(llmkernels.rms_norm(x, self.norm, residual=residual, eps=self.config.eps)[0])
         if batch.rows is not None:
             x, residual = x[batch.rows], residual[batch.rows]
         return self._normed(x, residual, self.norm, self.head)[0]

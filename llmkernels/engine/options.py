@@ -77,6 +77,11 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
+def as_list(prompts: Any) -> list[Any]:
+    """One prompt, a text or token ids, or many: always a list of prompts."""
+    return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
+
+
 def device_of(wish: str) -> torch.device:
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"

@@ -51,6 +51,14 @@ class Output:
         """How many tokens of the prompt had their keys in the cache when the request first ran."""
         return self._sequence.cached or 0
 
+    @property
+    def embedding(self) -> list[float]:
+        """The mean of the prompt's hidden states, of length 1; RuntimeError where params.embed did not ask for it."""
+        if self._sequence.pooled is None or self.finish_reason not in ("length", "stop"):
+            raise RuntimeError("there is no embedding; ask for one with SamplingParams(embed=True), and let it finish")
+        mean: list[float] = self._sequence.pooled.mean()
+        return mean
+
     def _receive(self, chosen: Chosen, reason: str | None) -> bool:
         """Take the next token in, with which the text ends if there is a reason; True where a stop string ends it."""
         self.tokens.append(chosen.token)

@@ -1,6 +1,7 @@
 """One forward pass for what the scheduler chose: its plain data become arrays, the model runs, tokens come back."""
 
 from collections.abc import Sequence as Row
+from functools import partial
 
 import torch
 
@@ -8,6 +9,7 @@ from llmkernels.engine.cache import KVCache
 from llmkernels.engine.grammar import Masks
 from llmkernels.engine.graphs import DecodeGraphs, table_width
 from llmkernels.engine.model import Batch, Model
+from llmkernels.engine.pooling import deliver
 from llmkernels.engine.sampling import Chosen, choose
 from llmkernels.engine.scheduler import Chunk, Sequence
 from llmkernels.engine.speculative import Speculator, accept, ahead, branches, path
@@ -69,9 +71,12 @@ class Runner:
         if copies := [chunk.copy for chunk in chunks if chunk.copy]:
             self.cache.copy(copies)
         with use(checked=bool(current().checked)):
-            if self.graphs and (logits := self.graphs.logits(chunks)) is not None:
+            pooled = any(chunk.sequence.pooled for chunk in chunks)
+            if self.graphs and not pooled and (logits := self.graphs.logits(chunks)) is not None:
                 return logits
-            return self.model.forward(self.prepare(chunks), self.cache)
+            batch = self.prepare(chunks)
+            batch.hidden = partial(deliver, chunks) if pooled else None
+            return self.model.forward(batch, self.cache)
 
     def prepare(self, chunks: Row[Chunk]) -> Batch:
         """The arrays of a step."""

@@ -43,6 +43,7 @@ class SamplingParams:
         biases, temperature and cuts.
     top_logprobs: also those of so many likeliest tokens in its place.
     structure: what the text must be, a JSON Schema for example; it ends where that is complete.
+    embed: the mean of the prompt's hidden states is wanted, Output.embedding; needs n=1 and max_tokens=1.
     """
 
     n: int = 1
@@ -62,6 +63,7 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     structure: Structure | None = None
+    embed: bool = False
 
     def __post_init__(self) -> None:
         _check("n", self.n, int, 1, MOST_ANSWERS)
@@ -95,6 +97,8 @@ class SamplingParams:
             raise ValueError(
                 f"structure is {self.structure!r:.80}; give a Structure, as Structure(json_schema={{...}})"
             )
+        if self.embed and (self.n, self.max_tokens, self.structure) != (1, 1, None):
+            raise ValueError("embed is given with n, max_tokens or a structure; give n=1 and max_tokens=1 alone")
         if self.structure is not None and self.ignore_eos:
             raise ValueError("ignore_eos is given with a structure, which ends the text itself; leave one of them out")
 

@@ -53,6 +53,7 @@ class Sequence:
     payload: the caller's, untouched.
     plain: no guesses are made behind its tokens.
     memory: what speculation knows of its tokens; see NGrams.
+    pooled: who takes its tokens' hidden states, so that each is computed, whatever the prefix cache has; None: nobody.
     computed: the first so many tokens have their keys and values in pages.
     settled: so many of them were tokens before their step ran, not guesses that came true in it; a draft model has the
         keys of these too, so their pages may be found by others.
@@ -74,6 +75,7 @@ class Sequence:
     payload: Any = None
     plain: bool = False
     memory: Any = None
+    pooled: Any = None
     computed: int = 0
     settled: int = 0
     pages: list[int] = field(default_factory=list)
@@ -321,8 +323,9 @@ class Scheduler:
         blocked, missing = self._blocked
         if blocked is sequence and missing > self.pool.free:
             return None  # before the prompt is looked up again
-        if self.prefix:
-            sequence.pages = self.prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
+        prefix = None if sequence.pooled else self.prefix
+        if prefix:
+            sequence.pages = prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
             sequence.computed = sequence.settled = len(sequence.pages) * self.page_size
         chunk = self._plan(sequence, most)
         if not chunk:
@@ -330,9 +333,9 @@ class Scheduler:
             self._release(sequence)
         elif sequence.cached is None:
             sequence.cached = chunk.start
-            if self.prefix:
-                self.prefix.found += chunk.start
-                self.prefix.asked += len(sequence.tokens)
+            if prefix:
+                prefix.found += chunk.start
+                prefix.asked += len(sequence.tokens)
         return chunk
 
     def _keep(self, prefix: PrefixCache, sequence: Sequence, start: int) -> None:

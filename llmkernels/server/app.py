@@ -1,4 +1,4 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; / and /status are status.py's."""
+"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; others have their own files."""
 
 import asyncio
 import json
@@ -22,6 +22,7 @@ from llmkernels.engine.sampling import SamplingParams
 from llmkernels.server.adapters import add_adapters
 from llmkernels.server.answers import Form, usage
 from llmkernels.server.chat import ChatTemplate
+from llmkernels.server.embeddings import add_embeddings
 from llmkernels.server.guard import Guard, error
 from llmkernels.server.metrics import Metrics
 from llmkernels.server.openapi import ERRORS, ChatCompletion, Completion, describe, streamed, text
@@ -145,6 +146,12 @@ def create_app(
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def run(request: Request, prompts: Sequence[Prompt], params: SamplingParams, *wishes: Any) -> list[Output]:
+        salt, used = wishes
+        news = request.app.state.engine.batches(prompts, params, salt=salt, adapter=used)
+        return await _unless_gone(request, _collect(news))
+
+    add_embeddings(app, llm, name, known, run, ERRORS)
     if adapter_folder is not None:
         add_adapters(app, name, adapter_folder, ERRORS | {200: text()})
     add_status(app, name, metrics, ERRORS)

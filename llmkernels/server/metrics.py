@@ -17,6 +17,7 @@ FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)  # se
 GAUGES = {
     "running": "Requests that run.",
     "waiting": "Requests that wait.",
+    "prefix_hit_rate": "Share of the prompts' tokens whose keys were there, since the start.",
     "pages_used": "Pages of the cache that requests use.",
     "pages_idle": "Pages that nobody uses and whose keys are kept.",
     "pages_empty": "Pages without keys.",
@@ -25,6 +26,10 @@ COUNTERS = {
     "preemptions": "Requests that lost their pages to older ones.",
     "prefix_asked_tokens": "Tokens of prompts that were looked up in the prefix cache.",
     "prefix_found_tokens": "Those of them whose keys were there.",
+    "guessed_tokens": "Tokens that were guessed ahead of the model.",
+    "accepted_tokens": "Those of them that came true.",
+    "decode_replayed_steps": "Decode steps that were recorded before and replayed.",
+    "decode_plain_steps": "Decode steps that were not.",
 }
 
 
@@ -51,9 +56,14 @@ class Metrics:
 
     def observe(self, deltas: list[Delta]) -> None:
         """Called by the engine after each step."""
-        now, sums = time.monotonic(), self._sums
+        now, sums, generated = time.monotonic(), self._sums, 0
         for delta in deltas:
             output, count = delta.output, len(delta.tokens)
+            if output.params.embed:  # it writes nothing
+                self._prompt.inc(len(output.prompt_tokens))
+                self._finished.labels("embedding").inc()
+                continue
+            generated += count
             sums["generated"] += count
             if output not in self._last:
                 passed = now - output.arrived
@@ -71,7 +81,7 @@ class Metrics:
             if delta.finish_reason:
                 self._finished.labels(delta.finish_reason).inc()
                 del self._last[output]
-        self._tokens.inc(sum(len(delta.tokens) for delta in deltas))
+        self._tokens.inc(generated)
 
 
 class _Engine(Collector):
@@ -81,7 +91,8 @@ class _Engine(Collector):
         self._llm = llm
 
     def collect(self) -> Iterator[Any]:
-        stats = self._llm.stats()
+        stats: dict[str, float] = {**self._llm.stats()}
+        stats["prefix_hit_rate"] = stats["prefix_found_tokens"] / (stats["prefix_asked_tokens"] or 1)
         for name, words in GAUGES.items():
             yield GaugeMetricFamily(f"llmkernels_{name}", words, stats[name])
         for name, words in COUNTERS.items():

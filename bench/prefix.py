@@ -1,0 +1,241 @@
+"""What prefix reuse and pages are worth, on the shipped checkpoint.
+
+    python bench/prefix.py --quick                  a few turns and requests; prints, and writes nothing
+    python bench/prefix.py --json FILE --plot FILE  default: bench/results/<device>-prefix.json and .png
+
+Reuse: a chat of 20 turns, each of which sends all that was said before, as text; and requests that share a system
+prompt.  One request at a time, each with the engine's reuse on and off; the time to the first token is the median of
+the rounds, and each round begins with nothing in the cache.  Whether both answer the same is counted beforehand.
+
+Pages: requests of sampled lengths in a cache with room for CONTIGUOUS sequences of max_length.  After each step the
+engine's own counts say how many slots of its pages hold nothing.  Contiguous allocation would give each of the same
+sequences max_length slots.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import llmkernels
+from llmkernels import roofline, status
+from llmkernels.bench import plot, results
+from llmkernels.engine import LLM, SamplingParams
+
+ROUNDS, TURNS, ANSWER = 3, 20, 24  # ANSWER: tokens of an answer in a chat
+CONTIGUOUS, REQUESTS = 8, 96  # sequences of max_length that the cache has room for; requests of sampled lengths
+WORDS = (
+    "ls cp mv rm cat grep sed awk sort uniq head tail find tar gzip chmod chown mount kill ps top du df ln touch mkdir"
+)
+COMMANDS = WORDS.split()
+SYSTEM = "You answer questions about commands and system calls, in one sentence, from the manual alone. " + " ".join(
+    f"The {name} command is described in section 1 of the manual." for name in COMMANDS[:16]
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few turns and requests; nothing is written unless asked")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--plot", type=Path, help="where the picture goes")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = roofline.device_name("cpu")
+    if not options.quick and (place := results.place(device)):
+        options.json = options.json or place.with_name(f"{place.stem}-prefix.json")
+        options.plot = options.plot or place.with_name(f"{place.stem}-prefix.png")
+    with llmkernels.use(policy="silent"):
+        report = measure(options.quick)
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *sys.argv[1:]])
+    report = {"device": device, "command": command, "versions": status.versions(), "threads": options.threads} | report
+    for name in ("chat", "shared_prompt"):
+        total = report[name]["total"]
+        print(
+            f"{name}: {total['cached_share']:.1%} of {total['prompt_tokens']} tokens cached; time to first token "
+            f"{total['off_ms']:.1f} -> {total['on_ms']:.1f} ms, {total['time_saved']:.1%} less"
+        )
+    memory = report["memory"]
+    print(
+        f"memory: {memory['paged_waste']:.1%} of the slots unused in pages, {memory['contiguous_waste']:.1%} "
+        f"contiguous; {memory['most_at_once']} sequences at once where contiguous has room for {CONTIGUOUS}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        draw(report, options.plot)
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    rounds, turns, count = (1, 4, 16) if quick else (ROUNDS, TURNS, REQUESTS)
+    on, off = LLM(device="cpu"), LLM(device="cpu", prefix_reuse=False)
+    questions = [f"user: What does the {COMMANDS[i]} command do?\nassistant:" for i in range(turns)]
+    chat, answers = [questions[0]], []
+    for turn in range(turns):  # what was answered is part of what is sent next
+        answers.append(write(off, chat[turn], None, ANSWER)[0])
+        if turn + 1 < turns:
+            chat.append(f"{chat[turn]}{off.tokenizer.decode(answers[turn])}\n{questions[turn + 1]}")
+    shared = [f"system: {SYSTEM}\n{question}" for question in questions]
+    return {
+        "rounds": rounds,
+        "dtype": off.config.dtype,
+        "chat": reuse(on, off, chat, ANSWER, rounds),
+        "shared_prompt": reuse(on, off, shared, 8, rounds),
+        "memory": memory(count),
+    }
+
+
+def write(llm: LLM, prompt: str, salt: str | None, most: int) -> tuple[list[int], float, int]:
+    """The answer to a prompt, seconds to its first token, and how many tokens of the prompt were cached."""
+    start = time.perf_counter()
+    deltas = llm.stream(prompt, SamplingParams(max_tokens=most, ignore_eos=True), salt=salt)
+    output = next(deltas).output
+    first = time.perf_counter() - start
+    for _ in deltas:
+        pass
+    return output.tokens, first, output.cached_tokens
+
+
+def reuse(on: LLM, off: LLM, prompts: list[str], answer: int, rounds: int) -> dict[str, Any]:
+    """A row for each prompt, in the order in which they are sent, and their sum."""
+    different = 0  # the warm-up as well: the chunks behind cached prefixes have sizes of their own
+    for prompt in prompts:
+        different += write(on, prompt, "warm-up", answer)[0] != write(off, prompt, None, answer)[0]
+    runs = []
+    for number in range(rounds):  # a salt of its own: a cold cache; one token is enough where nothing is kept
+        runs.append([(write(on, prompt, f"{number}", answer), write(off, prompt, None, 1)) for prompt in prompts])
+    rows = []
+    for prompt, pairs in zip(prompts, zip(*runs, strict=True), strict=True):
+        cached = {with_reuse[2] for with_reuse, _ in pairs}
+        assert len(cached) == 1, f"the rounds found different prefixes: {cached}"
+        tokens = len(on.encode(prompt))
+        on_ms, off_ms = (1e3 * median(pair[side][1] for pair in pairs) for side in (0, 1))
+        rows.append(row(tokens, cached.pop(), on_ms, off_ms))
+    sums = [sum(line[name] for line in rows) for name in ("prompt_tokens", "cached_tokens", "on_ms", "off_ms")]
+    return {"requests": rows, "total": row(*sums), "different_answers": different}
+
+
+def row(tokens: int, cached: int, on_ms: float, off_ms: float) -> dict[str, Any]:
+    """on_ms, off_ms: time to the first token.  time_saved: the share of it that reuse saves."""
+    return {
+        "prompt_tokens": tokens,
+        "cached_tokens": cached,
+        "cached_share": round(cached / tokens, 4),
+        "on_ms": round(on_ms, 3),
+        "off_ms": round(off_ms, 3),
+        "time_saved": round(1 - on_ms / off_ms, 4),
+    }
+
+
+def memory(count: int) -> dict[str, Any]:
+    """Slots that are reserved and hold nothing, summed over all steps of `count` requests."""
+    size = 16
+    length = LLM(device="cpu", kv_cache_pages=1).max_length
+    pages = CONTIGUOUS * -(-length // size)
+    llm = LLM(device="cpu", kv_cache_pages=pages, page_size=size, prefix_reuse=False, max_sequences=count)
+    draw_length = random.Random(0).lognormvariate
+    outputs, lengths = [], []
+    for _ in range(count):  # log-normal, as the lengths of real chats nearly are; medians of 64 and 48 tokens
+        prompt, answer = (int(min(max(draw_length(mu, 0.8), 4), length // 2 - 1)) for mu in (4.16, 3.87))
+        lengths.append(prompt + answer)
+        outputs += llm.add([5 + i % 200 for i in range(prompt)], SamplingParams(max_tokens=answer, ignore_eos=True))
+    reserved = held = contiguous = steps = most = worst = 0
+    while llm.step():
+        stats = llm.stats()
+        running = [request for request in llm.snapshot()["requests"] if request["state"] == "runs"]
+        if not running:
+            continue
+        # a prompt has pages for all of its tokens while its chunks run; who decodes has none yet for its last token
+        tokens = [(request["prompt"] + request["written"], request["computed"]) for request in running]
+        now = sum(total if computed < total - 1 else computed for total, computed in tokens)
+        unused = stats["pages_used"] * size - now
+        steps, most = steps + 1, max(most, len(running))
+        worst = max(worst, unused / len(running))
+        reserved, held, contiguous = (
+            reserved + stats["pages_used"] * size,
+            held + now,
+            contiguous + len(running) * length,
+        )
+    assert all(output.finish_reason == "length" for output in outputs)
+    assert worst <= size, f"{worst} slots a sequence are unused, more than a page"
+    return {
+        "requests": count,
+        "mean_length": round(sum(lengths) / count, 1),
+        "longest": max(lengths),
+        "max_length": length,
+        "page_size": size,
+        "pages": pages,
+        "steps": steps,
+        "paged_waste": round(1 - held / reserved, 4),
+        "contiguous_waste": round(1 - held / contiguous, 4),
+        "unused_slots_a_sequence": {"most": round(worst, 2), "bound": size},
+        "most_at_once": most,
+        "contiguous_at_once": CONTIGUOUS,
+        "preemptions": llm.stats()["preemptions"],
+    }
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """Time to the first token of each request, with and without reuse, and how much of the cache holds nothing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(plot.FONT):
+        figure, panels = pyplot.subplots(
+            1, 3, figsize=(12.5, 4.6), dpi=130, facecolor=plot.PAPER, width_ratios=(5, 5, 3)
+        )
+        figure.subplots_adjust(left=0.055, right=0.985, top=0.7, bottom=0.13, wspace=0.25)
+        figure.text(
+            0.055,
+            0.91,
+            f"{report['device']}, {report['threads']} thread{'s' * (report['threads'] > 1)}",
+            size=17,
+            weight="bold",
+            color=plot.INK,
+        )
+        words = "Time to the first token of each request, one at a time; and slots of the cache that hold nothing."
+        figure.text(0.055, 0.845, words, size=11, color=plot.FAINT)
+        for panel, name, title in zip(panels, ("chat", "shared_prompt"), ("a chat", "one system prompt"), strict=False):
+            rows, total = report[name]["requests"], report[name]["total"]
+            turns = range(1, len(rows) + 1)
+            for key, label, color in (("off_ms", "reuse off", plot.SLOWER), ("on_ms", "reuse on", plot.FASTER)):
+                times = [line[key] for line in rows]
+                panel.plot(turns, times, color=color, lw=2, marker="o", ms=5, mec=plot.PAPER, label=label, zorder=3)
+            highest = max(line[key] for line in rows for key in ("on_ms", "off_ms"))
+            panel.set_ylim(0, 1.3 * highest)  # room for the legend
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.set_xlabel("request", color=plot.INK)
+            panel.set_ylabel("ms", color=plot.INK)
+            words = f"{title}: {total['cached_share']:.0%} cached, {total['time_saved']:.0%} less time"
+            panel.set_title(words, size=10.5, color=plot.INK, loc="left")
+            panel.legend(frameon=False, labelcolor=plot.INK, loc="upper left", ncols=2)
+        memory, panel = report["memory"], panels[2]
+        shares = [100 * memory["contiguous_waste"], 100 * memory["paged_waste"]]
+        bars = panel.bar(["contiguous", "pages"], shares, color=(plot.SLOWER, plot.FASTER), width=0.6, zorder=3)
+        panel.bar_label(bars, fmt="%.1f %%", padding=3, color=plot.INK)
+        panel.set_ylim(0, 100)
+        panel.set_title("slots that hold nothing", size=10.5, color=plot.INK, loc="left")
+        for panel in panels:
+            panel.set_facecolor(plot.PAPER)
+            panel.grid(True, axis="y", color=plot.GRID, lw=0.9, zorder=0)
+            panel.tick_params(which="both", length=0, labelcolor=plot.FAINT)
+            for side in panel.spines.values():
+                side.set_visible(False)
+        figure.savefig(file, facecolor=plot.PAPER)
+        pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
