@@ -3,7 +3,8 @@
     python tests/pallas_faults.py [NAME ...]      one JSON object: name -> what was noticed, null where nothing was
 
 Each fault copies backends/xla, changes a line, and runs small calls of pallas_calls.py in both modes of the interpreter
-until one is wrong.  Each has its own process and time limit: a copy that nobody starts is waited for without end.
+until one is wrong.  Each has its own process and time limit: a copy that nobody starts is waited for without end.  That
+counts as not noticed, since a slow machine looks the same.
 """
 
 import json
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 60  # seconds
+PATIENCE = 120  # seconds
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ FAULTS = {
         ("decode",), "if full:", "if full:\n                continue\n            if False:"
     ),
     "a copy into the buffer that is read": Fault(
-        ("decode",),
-        "lax.rem(number + block, 2)\n        for i in range",
-        "lax.rem(number + block + 1, 2)\n        for i in range",
+        ("decode",), "k_buffer.at[buffer, i], arrived", "k_buffer.at[1 - buffer, i], arrived"
     ),
     "every copy into one buffer": Fault(("decode",), "lax.rem(number + block, 2)", "0 * (number + block)"),
     "a page that does not exist": Fault(("decode",)),
@@ -62,7 +61,7 @@ def main(names):
             try:
                 done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE, check=False)
             except subprocess.TimeoutExpired:
-                told[name] = f"did not end in {PATIENCE} s"
+                told[name] = None
                 continue
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-2000:]}")

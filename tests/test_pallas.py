@@ -35,6 +35,14 @@ def test_interpreted_calls_are_right_however_late_copies_come():
     }
 
 
+@pytest.mark.parametrize("case", ["fp8_block, rms, everything", "w4a16_g32_zp, rms"])
+def test_interpreted_products_agree_with_the_oracle(case):
+    from llmkernels import testing
+
+    (result,) = testing.conform("xla", "norm_linear_activation", "float32", case, emulate=True)
+    assert result.verdict == "passed", str(result)
+
+
 def test_planted_faults_are_noticed():
     found = told(pallas_faults.__file__, *QUICK)
     assert all(found.values()), found
@@ -59,7 +67,7 @@ for call in calls():
         run, positional, named = tpu.program("xla", call)
         artifact = export.export(jax.jit(run), platforms=["tpu"])(positional, named)
         assert "tpu_custom_call" in artifact.mlir_module(), call.name
-        print(call.op, len(artifact.serialize()))
+        print(call.op, len(artifact.mlir_module_serialized))
 assert "libtpu" not in sys.modules
 """
 

@@ -50,8 +50,7 @@ def linear(
         to = STORED[scheme.activation]
         ratio, x_scales = scaled(x, to, scheme.activation_group, weight.input_scale)
         x = rounded(ratio, to)
-        if not scheme.activation_group:
-            row_scale, x_scales = x_scales[:, 0], None
+        row_scale, x_scales = (None, x_scales) if scheme.activation_group else (x_scales[:, 0], None)
     if scheme is not None and weight.permutation is not None:  # stored column j belongs to feature permutation[j]
         x = jnp.take(x, weight.permutation, axis=1)
     values, scales, zeros = (weight, None, None) if scheme is None else parts(weight)

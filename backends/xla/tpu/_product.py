@@ -226,11 +226,13 @@ def _add(kind, part, at, x, chunk, scales, zeros, x_scales, acc, step):
     total = None
     lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     if within > 1 and kind.weight in ("int4", "mxfp4"):  # even columns on the left, odd ones on the right
-        lane = (lane % (CHUNK // 2)) * 2
-    masked = [x] if within == 1 else [cleared(x, lane // kind.group == i) for i in range(within)]
+        lane = (lane & (CHUNK // 2 - 1)) * 2
+    masked = [x] if within == 1 else [cleared(x, lane >> kind.group.bit_length() - 1 == i) for i in range(within)]
+    # Of a traced number, // asks which TPU this is; an export has none.
+    first = at // kind.group if isinstance(at, int) else lax.div(at, kind.group)
     sums = multiply(jnp.concatenate(masked, 0), chunk, transposed=True).astype(jnp.float32)
     for i, own in enumerate(masked):
-        group = at // kind.group + i
+        group = first + i
         scale = scales[0, group, part][None, :]
         one = sums[i * x.shape[0] : (i + 1) * x.shape[0]]
         if zeros is not None:
