@@ -38,8 +38,8 @@ contract = get("paged_attention").contract
 for name in ("decode", "mixed", "window", "sinks", "padding and sinks"):
     case = next(case for case in contract.cases if case.name == name)
     for shares in (1, 2, 3, 4, 7, 64):
-        paged_attention._shares = lambda *any: shares
-        paged_attention._tiles = lambda *any: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        paged_attention._shares = lambda *any, **kind: shares
+        paged_attention._tiles = lambda *any, **kind: {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
         result = testing.check_run(contract, "float16", case, paged_attention, "triton")
         assert result.verdict == "passed", f"{shares} shares: {result}"
 """
