@@ -3,11 +3,15 @@
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 for name in [name for name in os.environ if name.startswith("LLMKERNELS_")]:
     del os.environ[name]  # what the developer's shell asks for must not decide what is tested
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays: on a busy machine a second thread is mostly waited for
 os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,8 +23,9 @@ def cache_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_remembered():
     """Every test chooses its backends anew and counts from zero."""
-    from llmkernels import discovery, ledger, settings
+    from llmkernels import discovery, ledger
+    from llmkernels import settings as wishes
 
-    settings.environment.cache_clear()
+    wishes.environment.cache_clear()
     discovery.forget_all()
     ledger.reset()

@@ -172,5 +172,5 @@ class Pages(RuleBasedStateMachine):
                 assert END not in sequence.tokens[:-1]
 
 
-Pages.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Pages.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestPages = Pages.TestCase
