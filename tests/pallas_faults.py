@@ -46,6 +46,12 @@ FAULTS = {
         ("window",), "key >= own - options.window[0]", "key > own - options.window[0]"
     ),
     "a key of the future": Fault(("mixed",), "seen &= key <= own\n", "seen &= key <= own + 1\n"),
+    "a block that leaves the window of some rows is not masked": Fault(
+        ("window",), "begin >= position + live - 1 - options.window[0]", "begin >= position - options.window[0]"
+    ),
+    "a block of the future of some rows is not masked": Fault(
+        ("window",), "end <= position + 1\n", "end <= position + live\n"
+    ),
     "the sum is not rescaled": Fault(("decode",), "total[held, part] = shrink * total", "total[held, part] = total"),
 }
 
