@@ -102,8 +102,8 @@ $(VLLM)/.installed: $(VLLM)/.made $(shell find csrc llmkernels backends -name '*
 	$(VLLM)/bin/python -m pip install --no-build-isolation '$(TORCH)' .
 	@touch $@
 
-# torch-xla 2.9 needs torch 2.9, of which the registry has the build for CUDA only, and that does not load without CUDA's
-# libraries.  Its extra, pallas, names the jax that it can trace; the torchax inside it imports flax.
+# torch-xla 2.9 needs torch 2.9, of which the registry has the build for CUDA only; nobody tried it without CUDA's
+# libraries, which are most of the 7 GB.  Its extra, pallas, names the jax that it can trace; the torchax inside it imports flax.
 $(TORCH_XLA)/.made:
 	$(PYTHON) -m venv --clear $(TORCH_XLA) || $(PYTHON) -m virtualenv --clear $(TORCH_XLA)
 	$(TORCH_XLA)/bin/python -m pip install --no-cache-dir torch==2.9.0 'torch_xla[pallas]==2.9.0' flax==0.12.0 \
