@@ -1,14 +1,13 @@
 """The server as OpenAI's own client sees it, over loopback."""
 
 import json
-import socket
 import threading
 import time
 
 import httpx
 import openai
 import pytest
-import uvicorn
+from live_server import served
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams
@@ -41,18 +40,8 @@ def direct():
 @pytest.fixture(scope="module")
 def url(llm):
     app = create_app(llm, NAME, template=ChatTemplate(TEMPLATE, {}), api_key=KEY)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
+    with served(app) as url:
+        yield url
 
 
 @pytest.fixture

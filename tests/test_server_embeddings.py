@@ -1,17 +1,14 @@
 """/v1/embeddings as OpenAI's own client sees it, beside what transformers computes from the same weights."""
 
 import base64
-import socket
 import struct
-import threading
-import time
 
 import httpx
 import openai
 import pytest
 import torch
 import transformers
-import uvicorn
+from live_server import served
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams, shipped_model
@@ -40,18 +37,8 @@ def expected(llm):
 
 @pytest.fixture(scope="module")
 def url(llm):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(llm, NAME, api_key=KEY), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
+    with served(create_app(llm, NAME, api_key=KEY)) as url:
+        yield url
     llm.check()
 
 

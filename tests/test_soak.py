@@ -2,13 +2,11 @@
 
 import asyncio
 import json
-import socket
-import threading
 import time
 
 import pytest
 import soak
-import uvicorn
+from live_server import served
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams
@@ -21,21 +19,12 @@ def test_under_load_nothing_is_lost_and_nothing_changes(seconds):
     with llmkernels.use(policy="silent"):
         llm = LLM(dtype="float32", page_size=4, kv_cache_pages=96, max_sequences=12, max_batch_tokens=64)
         alone = LLM(dtype="float32", prefix_reuse=False)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(llm, "manual"), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        finished, done = asyncio.run(soak.load(f"http://127.0.0.1:{listener.getsockname()[1]}", seconds))
+    with served(create_app(llm, "manual")) as url:
+        finished, done = asyncio.run(soak.load(url, seconds))
         until = time.monotonic() + 10
         while llm.stats()["running"] or llm.stats()["waiting"]:
             assert time.monotonic() < until, "somebody who left still runs"
             time.sleep(0.01)
-        server.should_exit = True
-        thread.join(10)
     llm.check()
     stats = llm.stats()
     assert stats["pages_used"] == 0

@@ -1,13 +1,11 @@
 """The status page, in a browser without a screen: it shows what the engine does, and nothing that is secret."""
 
 import shutil
-import socket
-import threading
 import time
 
 import httpx
 import pytest
-import uvicorn
+from live_server import served
 
 import llmkernels
 from llmkernels.engine import LLM
@@ -28,17 +26,8 @@ def url():
         return step()
 
     llm.step = slowly
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(llm, "manual", api_key=KEY), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
+    with served(create_app(llm, "manual", api_key=KEY)) as url:
+        yield url
 
 
 @pytest.fixture
