@@ -8,7 +8,6 @@ from typing import Any
 from llmkernels.engine.audit import problems
 from llmkernels.engine.beam import Beam, BeamParams, search
 from llmkernels.engine.cache import KVCache, page_bytes
-from llmkernels.engine.grammar import Grammars
 from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.lora import Adapters
 from llmkernels.engine.options import (
@@ -32,6 +31,7 @@ from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.speculative import Speculation
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, load
+from llmkernels.structured.grammar import Grammars
 
 Prompt = str | list[int]
 

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from llmkernels.engine.grammar import Guide
 from llmkernels.engine.sampling import Chosen, SamplingParams
 from llmkernels.engine.scheduler import Sequence
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings
+from llmkernels.structured.masks import Guide
 
 
 @dataclass(eq=False)

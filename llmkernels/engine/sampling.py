@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import llmkernels
-from llmkernels.engine.grammar import Guide, Masks
-from llmkernels.engine.structure import Structure
 from llmkernels.settings import current, use
+from llmkernels.structured import Structure
+from llmkernels.structured.masks import Guide, Masks
 
 _MASK = 2**64 - 1
 MOST_ANSWERS = 128  # to one prompt
