@@ -259,23 +259,17 @@ def test_bodies_that_are_no_requests(http):
 
 
 def test_a_failing_step_is_told_to_everybody_and_to_health(direct, monkeypatch):
-    import asyncio
-
-    from llmkernels.engine.async_llm import AsyncLLM, EngineStopped
-
+    lost = threading.Event()
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(direct, "step", lambda: 1 / 0)
-
-    async def scenario():
-        engine = AsyncLLM(direct)
+    with served(create_app(direct, NAME, lost=lost.set)) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
         for _ in range(2):  # the one that runs into it, and the one that comes later
-            with pytest.raises(EngineStopped) as caught:
-                await engine.generate("x")
-            assert isinstance(caught.value.__cause__, ZeroDivisionError)
-        engine._thread.join(5)
-        assert not engine.alive
-
-    asyncio.run(scenario())
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+            assert answer.status_code == 503
+            assert answer.json()["error"]["type"] == "server_error"
+        assert lost.wait(5)
+        assert httpx.get(f"{url}/health").status_code == 503
     assert direct.stats()["running"] == 0
 
 
