@@ -16,8 +16,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
 from llmkernels.engine.llm import LLM, Prompt
-from llmkernels.engine.output import Delta, Feed, Output
+from llmkernels.engine.output import Delta, Feed, Output, best
 from llmkernels.engine.sampling import SamplingParams
 
 
@@ -26,13 +27,45 @@ class EngineStopped(RuntimeError):
 
 
 class Listener:
-    """One or several requests' way back to their event loop: lists of (number of the answer, delta), one a step."""
+    """The way back to the event loop of one or several requests.
+
+    What they bring is put into `queue` as lists of (number of the answer, delta), one a step.
+    """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.feed = Feed(())
         self.outputs: dict[Output, int] = {}
+
+    def news(self) -> list[Any]:
+        """What the last step brought."""
+        return [(self.outputs[delta.output], delta) for delta in self.feed.news()]
+
+    def ended(self) -> bool:
+        """Is there nothing more to tell?"""
+        return not self.feed
+
+    def abort(self, llm: LLM) -> None:
+        """Nobody listens any more."""
+        for output in self.outputs:
+            llm.abort(output)
+
+
+class BeamListener(Listener):
+    """That of a beam search, which brings nothing but its beams, at its end."""
+
+    search: BeamSearch | None = None
+
+    def news(self) -> list[Any]:
+        return (self.search and self.search.beams) or []
+
+    def ended(self) -> bool:
+        return self.search is None or self.search.beams is not None
+
+    def abort(self, llm: LLM) -> None:
+        if self.search:
+            llm.abort_beams(self.search)
 
 
 class AsyncLLM:
@@ -71,7 +104,7 @@ class AsyncLLM:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """The deltas of a request's params.n outputs, interleaved.  Leaving early aborts it.
+        """The deltas of a request's params.answers outputs, interleaved.  Leaving early aborts it.
 
         Raises:
             ValueError: as LLM.add.  EngineStopped: there is no engine any more.
@@ -88,15 +121,22 @@ class AsyncLLM:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """What each step brings to params.n answers to each prompt: (number, delta), numbered in the prompts' order.
+        """What each step brings to the params.answers answers to each prompt: (number, delta), in the prompts' order.
 
         Leaving early aborts all of them.  Errors as `stream`.
         """
         grammar = await asyncio.to_thread(self.llm.prepare, params)  # kept until the end: the engine never waits for it
         listener = Listener()
-        self._order(lambda: self._admit(listener, prompts, params, salt, adapter))
+
+        def add() -> None:
+            for prompt in prompts:
+                for output in self.llm.add(prompt, params, salt=salt, adapter=adapter):
+                    listener.outputs[output] = len(listener.outputs)
+            listener.feed = Feed(listener.outputs)
+
+        self._order(lambda: self._admit(listener, add))
         try:
-            left = (self.llm.default_params if params is None else params).n * len(prompts)
+            left = (self.llm.default_params if params is None else params).answers * len(prompts)
             while left:
                 news = await listener.queue.get()
                 if isinstance(news, BaseException):
@@ -105,6 +145,30 @@ class AsyncLLM:
                 yield news
         finally:
             del grammar
+            with suppress(EngineStopped):
+                self._order(lambda: self._dismiss(listener))
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+    ) -> list[Beam]:
+        """LLM.beam_search, beside the other requests; cancelling it aborts it.  Errors as `stream`."""
+        listener = BeamListener()
+
+        def add() -> None:
+            listener.search = self.llm.add_beams(prompt, params, salt=salt, adapter=adapter)
+
+        self._order(lambda: self._admit(listener, add))
+        try:
+            found: list[Beam] | BaseException = await listener.queue.get()
+            if isinstance(found, BaseException):
+                raise found
+            return found
+        finally:
             with suppress(EngineStopped):
                 self._order(lambda: self._dismiss(listener))
 
@@ -136,11 +200,11 @@ class AsyncLLM:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> list[Output]:
-        """The finished outputs of a request, in their order."""
+        """The finished outputs of a request, as LLM.generate returns them."""
         outputs: dict[int, Output] = {}
         async for delta in self.stream(prompt, params, salt=salt, adapter=adapter):
             outputs[delta.output.index] = delta.output
-        return [outputs[index] for index in sorted(outputs)]
+        return best([outputs[index] for index in sorted(outputs)])
 
     def close(self) -> None:
         """End all requests and the thread; returns when it has ended."""
@@ -185,22 +249,17 @@ class AsyncLLM:
                 return False
             order()
 
-    def _admit(self, listener: Listener, prompts: Sequence[Prompt], *wishes: Any) -> None:
-        params, salt, adapter = wishes
+    def _admit(self, listener: Listener, add: Callable[[], None]) -> None:
         try:
-            for prompt in prompts:
-                for output in self.llm.add(prompt, params, salt=salt, adapter=adapter):
-                    listener.outputs[output] = len(listener.outputs)
+            add()
         except ValueError as error:
             self._dismiss(listener)
             _tell(listener.loop, [(listener, error)])
             return
-        listener.feed = Feed(listener.outputs)
         self._listeners.append(listener)
 
     def _dismiss(self, listener: Listener) -> None:
-        for output in listener.outputs:
-            self.llm.abort(output)
+        listener.abort(self.llm)
         if listener in self._listeners:
             self._listeners.remove(listener)
 
@@ -209,11 +268,11 @@ class AsyncLLM:
         deltas: list[Delta] = []
         letters: dict[asyncio.AbstractEventLoop, list[tuple[Listener, Any]]] = {}
         for listener in [*self._listeners]:
-            news = [(listener.outputs[delta.output], delta) for delta in listener.feed.news()]
-            if news:
+            if news := listener.news():
                 letters.setdefault(listener.loop, []).append((listener, news))
-                deltas += [delta for _, delta in news]
-            if not listener.feed:
+                if not isinstance(listener, BeamListener):
+                    deltas += [delta for _, delta in news]
+            if listener.ended():
                 self._listeners.remove(listener)
         for loop, its in letters.items():
             _tell(loop, its)

@@ -99,11 +99,11 @@ def create_app(
             most = MOST_CHOICES // len(prompts)
             limits = f"with {len(prompts)} prompts at most {most}, at least n, and not with stream"
             raise Refused(400, f"best_of is {body.best_of}; give {limits}", "best_of")
-        more = replace(params, n=body.best_of, logprobs=True)
+        more = replace(params, best_of=body.best_of)
         news = request.app.state.engine.batches(prompts, more, salt=body.cache_salt, adapter=adapter)
         outputs = await _unless_gone(request, _collect(news))
         groups = [outputs[i : i + body.best_of] for i in range(0, len(outputs), body.best_of)]
-        chosen = [output for group in groups for output in best(group, body.n)]
+        chosen = [output for group in groups for output in best(group)]
         return JSONResponse(form.whole(chosen) | {"usage": usage(outputs).model_dump()})
 
     @app.post("/v1/chat/completions", responses=streamed(ChatCompletion), response_model=None)
