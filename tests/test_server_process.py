@@ -100,7 +100,7 @@ def test_an_engine_ends_when_nobody_holds_it():
 
 
 def test_an_engine_that_cannot_start_says_why():
-    with pytest.raises(ValueError, match="there is no scheme 'w9'"):
+    with pytest.raises(ValueError, match="scheme 'w9' is unknown"):
         Process({"quantize": "w9"})
 
 

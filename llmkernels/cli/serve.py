@@ -1,6 +1,7 @@
 """`llmkernels serve`: a checkpoint behind an OpenAI-compatible HTTP interface."""
 
 import errno
+import gc
 import logging
 import os
 import socket
@@ -71,6 +72,7 @@ def serve(
         from llmkernels.engine.llm import shipped_model
         from llmkernels.server.app import create_app
         from llmkernels.server.chat import read_template
+        from llmkernels.server.head import LimitedHead
         from llmkernels.server.remote import EngineStopped, Process
 
         path = shipped_model() if model is None else Path(model)
@@ -105,12 +107,16 @@ def serve(
         answers = create_app(
             engine, called, template=template, api_key=api_key, adapter_folder=adapter_folder, lost=stop
         )
-        config = uvicorn.Config(answers, access_log=access_log, timeout_graceful_shutdown=GRACE_SECONDS)
+        config = uvicorn.Config(
+            answers, http=LimitedHead, access_log=access_log, timeout_graceful_shutdown=GRACE_SECONDS
+        )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its steps of starting are not news
         logging.getLogger("uvicorn.access").addFilter(_worth_a_line)
         server = uvicorn.Server(config)
         chat = "" if template else "; it has no chat template, so only completions (give --chat-template FILE)"
-        print(f"llmkernels: {called} answers at {_address(listener)}, Ctrl-C ends it{chat}", file=sys.stderr)
+        where = f"{called} answers at {_address(listener)}, with a status page for browsers; Ctrl-C ends it"
+        print(f"llmkernels: {where}{chat}", file=sys.stderr)
+        gc.freeze()  # the collector need not look through what stays anyway
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
         if lost:

@@ -104,35 +104,45 @@ def create_app(
         adapter: str | None,
     ) -> Response:
         """Run the prompts and answer, whole or in a stream."""
+        if body.use_beam_search:
+            return JSONResponse(form.whole(await _unless_gone(request, search(body, prompts, params, adapter))))
+        if body.stream and params.answers > params.n:
+            raise Refused(400, f"best_of is {params.best_of} with stream; give n, or leave stream out", "best_of")
         news = engine().generate(prompts, params, salt=body.cache_salt, adapter=adapter)
         if not body.stream:
-            return JSONResponse(form.whole(await _unless_gone(request, _collect(news))))
+            answers = await _unless_gone(request, _collect(news))
+            groups = [answers[i : i + params.answers] for i in range(0, len(answers), params.answers)]
+            chosen = [answer for group in groups for answer in best(group)]
+            return JSONResponse(form.whole(chosen) | {"usage": usage(answers).model_dump()})
         first = await anext(news)  # what is wrong with the request is told as an error, not in a stream
         wanted = bool(body.stream_options and body.stream_options.include_usage)
         return StreamingResponse(_events(first, news, form, wanted), media_type="text/event-stream")
+
+    async def search(
+        body: Sampling, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None
+    ) -> list[Answer]:
+        """What beam search finds for each prompt."""
+        wish = body.beams(params)
+        searches = [engine().beams(prompt, wish, body.cache_salt, adapter) for prompt in prompts]
+        return [
+            Answer(params, len(prompt), index, beam.text, beam.tokens, finish_reason=beam.finish_reason)
+            for prompt, beams in zip(prompts, await asyncio.gather(*searches), strict=True)
+            for index, beam in enumerate(beams[: params.n])
+        ]
 
     @app.post("/v1/completions", responses=streamed(Completion), response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         adapter, given = known(body.model), body.prompts()
         if not given:
             raise Refused(400, "prompt holds nothing; give at least one", "prompt")
-        if len(given) * body.n > MOST_CHOICES:
-            raise Refused(400, f"{len(given)} prompts with n={body.n}; at most {MOST_CHOICES} choices", "n")
+        if len(given) * max(body.n, body.best_of or 1) > MOST_CHOICES:
+            count = f"n={body.n}" if body.best_of is None else f"best_of={body.best_of}"
+            words = f"{len(given)} prompts with {count}; at most {MOST_CHOICES} answers are computed for a request"
+            raise Refused(400, words, "n" if body.best_of is None else "best_of")
         prompts = await token_ids(tokenizer, given)
         form = Form(adapter or name, tokenizer, chat=False, logprobs=body.logprobs is not None)
-        params = body.params(body.max_tokens, body.logprobs)
-        if body.best_of is None or body.best_of == body.n:
-            return await respond(request, body, prompts, params, form, adapter)
-        if body.stream or body.best_of < body.n or len(prompts) * body.best_of > MOST_CHOICES:
-            most = MOST_CHOICES // len(prompts)
-            limits = f"with {len(prompts)} prompts at most {most}, at least n, and not with stream"
-            raise Refused(400, f"best_of is {body.best_of}; give {limits}", "best_of")
-        more = replace(params, n=body.best_of, logprobs=True)
-        news = engine().generate(prompts, more, salt=body.cache_salt, adapter=adapter)
-        answers = await _unless_gone(request, _collect(news))
-        groups = [answers[i : i + body.best_of] for i in range(0, len(answers), body.best_of)]
-        chosen = [answer for group in groups for answer in best(group, body.n)]
-        return JSONResponse(form.whole(chosen) | {"usage": usage(answers).model_dump()})
+        params = replace(body.params(body.max_tokens, body.logprobs), best_of=body.best_of)
+        return await respond(request, body, prompts, params, form, adapter)
 
     @app.post("/v1/chat/completions", responses=streamed(ChatCompletion), response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:

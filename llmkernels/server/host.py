@@ -6,6 +6,7 @@ every token:   python -m llmkernels.server.host FD   reads a Load from that sock
 Orders wait in an inbox, which is emptied between two steps: who is dropped has no page in the next one.
 """
 
+import gc
 import os
 import queue
 import signal
@@ -20,6 +21,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from llmkernels import ledger
+from llmkernels.engine.beam import BeamSearch
 from llmkernels.engine.llm import LLM
 from llmkernels.engine.output import Delta, Feed, Output
 from llmkernels.server.wire import (
@@ -31,6 +33,7 @@ from llmkernels.server.wire import (
     Load,
     Question,
     Refused,
+    Search,
     Stage,
     Step,
     Stop,
@@ -42,10 +45,19 @@ from llmkernels.server.wire import (
 COMPILING = 4  # grammars at once
 QUESTIONS: dict[str, Callable[..., Any]] = {
     "counters": lambda llm: llm.stats() | {"ops": ledger.read()},
-    "status": lambda llm: llm.snapshot() | llm.stats(),
+    "status": lambda llm: llm.snapshot() | llm.stats() | {"problem": problem(llm)},
     "load_adapter": lambda llm, name, path: llm.load_adapter(name, path) or llm.adapters,
     "unload_adapter": lambda llm, name: llm.unload_adapter(name) or llm.adapters,
 }
+
+
+def problem(llm: LLM) -> str | None:
+    """What LLM.check says of the pages, if anything."""
+    try:
+        llm.check()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 class Compiled(NamedTuple):
@@ -92,6 +104,7 @@ class Host:
     def __init__(self, llm: LLM, link: socket.socket, inbox: Inbox):
         self._llm, self._link, self._inbox = llm, link, inbox
         self._requests: dict[int, Request] = {}
+        self._searches: dict[int, BeamSearch] = {}
         self._compiling: set[int] = set()
         self._compilers = ThreadPoolExecutor(COMPILING, "llmkernels grammar")
 
@@ -105,7 +118,7 @@ class Host:
         except ConnectionError:
             pass  # nobody is there to be told
         finally:
-            for number in [*self._requests]:
+            for number in [*self._requests, *self._searches]:
                 self._drop(number)
             self._compilers.shutdown(wait=False, cancel_futures=True)
             close(self._link)
@@ -114,7 +127,7 @@ class Host:
         """Carry out what is in the inbox, waiting for it while there is nothing else to do; False: stop."""
         while True:
             try:
-                order = self._inbox.get(block=not self._requests)
+                order = self._inbox.get(block=not (self._requests or self._searches))
             except queue.Empty:
                 return True
             match order:
@@ -131,6 +144,8 @@ class Host:
                     self._compilers.submit(self._compile, order)
                 case Generate():
                     self._admit(order)
+                case Search():
+                    self._begin(order)
                 case Question(number, name, arguments):
                     self._answer(number, name, arguments)
 
@@ -153,11 +168,21 @@ class Host:
         else:
             self._requests[order.number] = Request(outputs)
 
+    def _begin(self, order: Search) -> None:
+        try:
+            search = self._llm.add_beams(order.prompt, order.params, salt=order.salt, adapter=order.adapter)
+        except ValueError as error:
+            self._refuse(order.number, str(error))
+        else:
+            self._searches[order.number] = search
+
     def _drop(self, number: int) -> None:
         self._compiling.discard(number)
         if request := self._requests.pop(number, None):
             for output in request.outputs:
                 self._llm.abort(output)
+        if search := self._searches.pop(number, None):
+            self._llm.abort_beams(search)
 
     def _answer(self, number: int, name: str, arguments: tuple[Any, ...]) -> None:
         try:
@@ -166,7 +191,7 @@ class Host:
             self._refuse(number, str(error))
 
     def _publish(self) -> None:
-        """Tell what the step brought, to all of them in one frame."""
+        """Tell what the step brought, to all of them in one frame; and what searches have found."""
         news: Step = []
         for number, request in [*self._requests.items()]:
             if some := [grown(request.outputs[delta.output], delta) for delta in request.feed.news()]:
@@ -175,6 +200,10 @@ class Host:
                 del self._requests[number]
         if news:
             self._send(news)
+        for number, search in [*self._searches.items()]:
+            if search.beams is not None:
+                del self._searches[number]
+                self._send(Told(number, search.beams))
 
     def _refuse(self, number: int, words: str) -> None:
         self._send(Refused(number, words))
@@ -193,6 +222,7 @@ def grown(number: int, delta: Delta) -> Grown:
         output.logprobs[start:end],
         [dict(top) for top in output.top_logprobs[start:end]],
         delta.finish_reason,
+        output.score,
         output.cached_tokens,
         output.embedding if output.params.embed else None,
     )
@@ -229,6 +259,7 @@ def main() -> None:
     except (ValueError, NotImplementedError, OSError) as error:
         link.sendall(frame(Failed(" ".join(str(error).split()))))
         sys.exit(2)
+    gc.freeze()  # the collector need not look through what stays anyway
     try:
         Host(llm, link, inbox).run()
     except BaseException:

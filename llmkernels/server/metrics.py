@@ -1,6 +1,7 @@
 """What Prometheus reads of a server: queues, pages, prefix hits, tokens, times, and which backend answered which op."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ from prometheus_client.registry import Collector
 from llmkernels.server.remote import Delta
 
 FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)  # seconds
+RECENT = 10  # seconds
 GAUGES = {
     "running": "Requests that run.",
     "waiting": "Requests that wait.",
+    "generated_tokens_per_second": "Tokens generated a second, over the last ten seconds.",
     "prefix_hit_rate": "Share of the prompts' tokens whose keys were there, since the start.",
     "pages_used": "Pages of the cache that requests use.",
     "pages_idle": "Pages that nobody uses and whose keys are kept.",
@@ -48,11 +51,17 @@ class Metrics:
         )
         self._next = Histogram("next_token_seconds", "Between two tokens of an answer.", buckets=FAST, **here)
         self._sums = {"generated": 0, "first_count": 0, "first_seconds": 0.0, "next_count": 0, "next_seconds": 0.0}
+        self._recent: deque[tuple[int, int]] = deque()  # (second, tokens generated in it), no older than RECENT
         self.registry.register(_Engine(self))
 
     def totals(self) -> dict[str, float]:
         """generated: tokens so far; {first,next}_{count,seconds}: how many times were measured, and their sum."""
         return dict(self._sums)
+
+    def rate(self) -> float:
+        """Tokens generated a second, over the last RECENT seconds."""
+        now = int(time.monotonic())
+        return sum(count for second, count in self._recent if now - RECENT <= second < now) / RECENT
 
     def observe(self, deltas: list[Delta]) -> None:
         """Called with what each step brought."""
@@ -80,6 +89,10 @@ class Metrics:
             if delta.finish_reason:
                 self._finished.labels(delta.finish_reason).inc()
         sums["generated"] += generated
+        second, count = self._recent.pop() if self._recent and self._recent[-1][0] == int(now) else (int(now), 0)
+        self._recent.append((second, count + generated))
+        while self._recent[0][0] < int(now) - RECENT:
+            self._recent.popleft()
         self._tokens.inc(generated)
 
 
@@ -92,7 +105,7 @@ class _Engine(Collector):
     def collect(self) -> Iterator[Any]:
         if not self._metrics.counters:  # as it is when this is registered
             return
-        stats = {**self._metrics.counters}
+        stats = {**self._metrics.counters, "generated_tokens_per_second": self._metrics.rate()}
         stats["prefix_hit_rate"] = stats["prefix_found_tokens"] / (stats["prefix_asked_tokens"] or 1)
         for name, words in GAUGES.items():
             yield GaugeMetricFamily(f"llmkernels_{name}", words, stats[name])

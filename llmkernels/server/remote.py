@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmkernels.engine.beam import Beam, BeamParams
 from llmkernels.engine.llm import LLM, shipped_model
 from llmkernels.engine.sampling import SamplingParams
 from llmkernels.engine.tokenizer import read_tokenizer
@@ -39,7 +40,7 @@ class Answer:
     """One answer as far as it has come: engine.Output, as the HTTP side has it.
 
     prompt: tokens of its prompt.
-    index: which of the params.n answers to the prompt it is.
+    index: which of the params.answers answers to the prompt it is.
     arrived, last: time.monotonic() of the request, and of the last news.
     """
 
@@ -51,6 +52,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Mapping[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
+    score: float = 0.0
     cached_tokens: int = 0
     embedding: list[float] | None = None
     arrived: float = field(default_factory=time.monotonic)
@@ -188,14 +190,14 @@ class Engine:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
-        """What each step brings to params.n answers to each prompt, numbered in the prompts' order.
+        """What each step brings to params.answers answers to each prompt, numbered in the prompts' order.
 
         Leaving early drops all of them.
 
         Raises:
             ValueError: as LLM.add.  EngineStopped: there is no engine any more.
         """
-        answers = [Answer(params, len(prompt), index) for prompt in prompts for index in range(params.n)]
+        answers = [Answer(params, len(prompt), index) for prompt in prompts for index in range(params.answers)]
         async with self._order(
             lambda number: wire.Generate(number, [*prompts], params, salt, adapter), answers
         ) as news:
@@ -204,6 +206,14 @@ class Engine:
                 deltas = await _next(news)
                 left -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas
+
+    async def beams(
+        self, prompt: list[int], params: BeamParams, salt: str | None = None, adapter: str | None = None
+    ) -> list[Beam]:
+        """As LLM.beam_search; leaving early ends it.  Errors as `generate`."""
+        async with self._order(lambda number: wire.Search(number, prompt, params, salt, adapter)) as news:
+            found: list[Beam] = await _next(news)
+            return found
 
     async def ask(self, name: str, *arguments: Any) -> Any:
         """What one of host.QUESTIONS is answered between two steps, when nothing moves; errors as `generate`."""
@@ -225,7 +235,7 @@ class Engine:
         finally:
             del self._waiting[number]
             answers = self._answers.pop(number)
-            if self.alive and not all(answer.finish_reason for answer in answers):
+            if self.alive and not (answers and all(answer.finish_reason for answer in answers)):
                 self._writer.write(wire.frame(wire.Drop(number)))
 
     async def _listen(self) -> None:
@@ -276,6 +286,6 @@ def _delta(answer: Answer, grown: wire.Grown) -> Delta:
     answer.tokens += grown.tokens
     answer.logprobs += grown.logprobs
     answer.top_logprobs += grown.top_logprobs
-    answer.finish_reason = grown.finish_reason
+    answer.finish_reason, answer.score = grown.finish_reason, grown.score
     answer.cached_tokens, answer.embedding = grown.cached_tokens, grown.embedding
     return Delta(grown.answer, answer, start, grown.text, grown.tokens, grown.finish_reason)

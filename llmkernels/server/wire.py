@@ -9,6 +9,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from llmkernels.engine.beam import BeamParams
 from llmkernels.engine.sampling import SamplingParams
 
 HEAD = 4  # bytes
@@ -22,11 +23,21 @@ class Load(NamedTuple):
 
 
 class Generate(NamedTuple):
-    """Answer these prompts of token ids, params.n answers each; the request is called `number` from now on."""
+    """Answer these prompts of token ids, params.answers answers each; the request is called `number` from now on."""
 
     number: int
     prompts: list[list[int]]
     params: SamplingParams
+    salt: str | None
+    adapter: str | None
+
+
+class Search(NamedTuple):
+    """Beam search; a Told with its Beams follows."""
+
+    number: int
+    prompt: list[int]
+    params: BeamParams
     salt: str | None
     adapter: str | None
 
@@ -77,7 +88,7 @@ class Refused(NamedTuple):
 
 
 class Told(NamedTuple):
-    """The answer to a question."""
+    """The answer to a question, or what a search found."""
 
     number: int
     value: Any
@@ -92,6 +103,7 @@ class Grown(NamedTuple):
     logprobs: list[float]
     top_logprobs: list[Mapping[int, float]]
     finish_reason: str | None
+    score: float
     cached_tokens: int
     embedding: list[float] | None
 
