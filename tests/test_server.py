@@ -234,7 +234,7 @@ WRONG = [
     ({"prompt": "x", "model": "gpt"}, "there is no model 'gpt'; this server has 'manual'"),
     ({"prompt": ""}, "the prompt is empty"),
     ({"prompt": []}, "prompt holds nothing"),
-    ({"prompt": ["x"] * 60, "n": 16}, "60 prompts with n=16; at most 128 choices"),
+    ({"prompt": ["x"] * 60, "n": 16}, "60 prompts with n=16; at most 128 answers"),
     ({"prompt": [10**6]}, "1000000 is not a token id"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": "word " * 3000}, "leave room for more"),

@@ -13,11 +13,11 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from llmkernels import ledger
@@ -246,8 +246,16 @@ def close(link: socket.socket) -> None:
 def main() -> None:
     """The engine's process.  Its end is the socket's end: it ignores Ctrl-C, which the HTTP side hears as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.showwarning = _note
-    link = socket.socket(fileno=int(sys.argv[1]))
+    warnings.showwarning, sys.excepthook = _note, _die
+    try:
+        code = _serve(socket.socket(fileno=int(sys.argv[1])))
+    except (EOFError, ConnectionError):
+        code = 0  # nobody is there to be told
+    os._exit(code)  # at once, whatever other threads do
+
+
+def _serve(link: socket.socket) -> int:
+    """Load what is asked for and run it; the process's exit code."""
     order: Load = receive(link)
     inbox = orders(link, gone=lambda: os._exit(0))  # from now on: to load can take minutes
     link.sendall(frame(Stage("loading the checkpoint")))
@@ -258,15 +266,17 @@ def main() -> None:
             llm.load_adapter(name, path)
     except (ValueError, NotImplementedError, OSError) as error:
         link.sendall(frame(Failed(" ".join(str(error).split()))))
-        sys.exit(2)
+        return 2
     gc.freeze()  # the collector need not look through what stays anyway
-    try:
-        Host(llm, link, inbox).run()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # at once, whatever other threads do
-    os._exit(0)
+    Host(llm, link, inbox).run()
+    return 0
+
+
+def _die(kind: type[BaseException], failure: BaseException, trace: TracebackType | None) -> None:
+    """What nobody expected is told in full, and ends the process."""
+    sys.__excepthook__(kind, failure, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _note(message: Any, *_: Any, **__: Any) -> None:

@@ -246,11 +246,12 @@ class Engine:
                 self._hear(wire.message(await self._reader.readexactly(wire.size(head))))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        lost, self.alive = self.alive, False
-        for news in self._waiting.values():
-            news.put_nowait(EngineStopped("the engine has stopped"))
-        if lost:
-            self._lost()
+        finally:
+            lost, self.alive = self.alive, False
+            for news in self._waiting.values():
+                news.put_nowait(EngineStopped("the engine has stopped"))
+            if lost:
+                self._lost()
 
     def _hear(self, message: Any) -> None:
         match message:
