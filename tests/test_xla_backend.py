@@ -145,7 +145,25 @@ def test_explain_says_which_program_answers():
     assert mine.notes[1].startswith("on a TPU: Pallas, blocks of")
     assert mine.notes[1] in str(told)
     told = llmkernels.explain("silu_and_mul", x)
-    assert told.candidates[-2].notes[1] == "on a TPU: plain XLA; there is no Pallas kernel of this op"
+    assert told.candidates[-2].notes[1].startswith("on a TPU: plain XLA, which does as well")
+    told = llmkernels.explain("silu_and_mul", torch.randn(2048, 512))
+    assert told.candidates[-2].notes[1].startswith("on a TPU: Pallas, blocks of")
+
+
+def test_a_cache_in_another_order_is_refused_by_the_kernel_with_the_fix():
+    """On a TPU it would be copied whole in each call; traced arrays have no order yet."""
+    from llmkernels.backends.xla._program import kernel
+
+    k, slots = jnp.ones((2, 2, 128)), jnp.array([5, 6])
+
+    def refused(cache):
+        return [*kernel("write_kv").takes(k, k, cache, cache, slots, k_scale=None, v_scale=None)]
+
+    (one, _) = refused(jnp.zeros((3, 8, 2, 128)))
+    assert one[0] == "LAYOUT"
+    assert "allocate_cache" in one[2]
+    assert not refused(jax_api.allocate_cache(3, 8, 2, 128, jnp.float32))
+    assert not refused(jax.ShapeDtypeStruct((3, 8, 2, 128), jnp.float32))
 
 
 def test_few_programs_serve_many_shapes():
