@@ -2,8 +2,8 @@
 
     make compile-tpu && .venv/bin/python bench/tpu_rowwise.py [--target v6e] [--rows 8192]
 
-Prints a table in Markdown.  programs, bytes and cycles are those of libtpu's own estimate of the plain program; the least
-is what the op must read and write, each array once, which is what the kernel does.
+Prints a table in Markdown.  programs, bytes and cycles are those of libtpu's own estimate of the plain program; the
+least is what the op must read and write, each array once, which is what the kernel does.
 """
 
 import argparse

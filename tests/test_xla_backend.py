@@ -218,7 +218,7 @@ def test_a_program_for_tpus_is_lowered_without_one():
     exported = jax.export.export(jax.jit(decode), platforms=["tpu"])(q, k, cache, cache, table, ints, starts, ints)
     assert exported.platforms == ("tpu",)
     assert exported.out_avals[0].shape == (8, 256)
-    assert exported.mlir_module().count("tpu_custom_call") == 2, "attention and the product are Pallas kernels"
+    assert exported.mlir_module().count("tpu_custom_call") == 3, "all three are Pallas kernels"
 
 
 SHARDED = Path(__file__).parent / "xla_sharded.py"
@@ -234,11 +234,13 @@ def test_eight_devices_give_the_answer_of_one():
 
 
 def test_the_engine_writes_the_same_text():
-    llm, greedy = LLM(prefix_reuse=False), SamplingParams(temperature=0, max_tokens=6)
-    texts = []
-    for backend in ("cpu", "xla"):
+    greedy, texts = SamplingParams(temperature=0, max_tokens=6), []
+    for backend, order in (("cpu", (0, 1, 2, 3)), ("xla", (0, 2, 1, 3))):
         llmkernels.ledger.reset()
         with use(backend):
+            llm = LLM(prefix_reuse=False)
+            strides = llm._runner.cache.k[0].stride()
+            assert tuple(sorted(range(4), key=lambda axis: -strides[axis])) == order, "as CACHE_AXES has it"
             texts.append(llm.generate(["DESCRIPTION\nThe open() system call"], greedy)[0].text)
         assert {name for op in llmkernels.ledger.read().values() for name in op} == {backend}
     assert texts[0] == texts[1]

@@ -33,13 +33,10 @@ class KVCache:
 
     def move(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Slots (source, destination), a slot being page * page_size + offset: all are read before any is written."""
-        sources, destinations = torch.tensor(pairs, device=self.k.device).unbind(1)
-
-        def divide(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return slots // self.page_size, slots % self.page_size
-
+        places = [[divmod(slot, self.page_size) for slot in pair] for pair in pairs]
+        (page, offset), (to_page, to_offset) = torch.tensor(places, device=self.k.device).permute(1, 2, 0)
         for held in (self.k.view(torch.uint8), self.v.view(torch.uint8)):
-            held[:, *divide(destinations)] = held[:, *divide(sources)]
+            held[:, to_page, to_offset] = held[:, page, offset]
 
     def scales_from(self, sample: "KVCache", pages: int) -> None:
         """Set the scales so that the largest key and value in the first `pages` pages of `sample` just fit."""
