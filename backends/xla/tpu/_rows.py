@@ -3,8 +3,8 @@
     HBM  x [rows width]  --copy a block-->  VMEM  --strips of rows, a few columns at a time-->  VMEM  --copy-->  HBM
 
 XLA makes a program for each look: one reads all of x for the statistic of a row, the next reads it again.  libtpu's own
-estimates for 8192 rows of 4096 on v6e (docs/tpu.md) are why a kernel answers where x has WORTH bytes; below, XLA's programs
-are as short as one kernel, and fuse with what stands around them.
+estimates for 8192 rows of 4096 on v6e (docs/tpu.md) are why a kernel answers where x has WORTH bytes; below, XLA's
+programs are as short as one kernel, and fuse with what stands around them.
 """
 
 import math
@@ -23,8 +23,8 @@ from ._tiles import lanes
 
 WORTH = 1 << 20
 COPIED = 2 << 20  # bytes of a block, all arrays together: copies that long run at the memory's speed
-NUMBERS = 8 << 10  # that are looked at together: 8 of 64 vector registers, as float32
-UNROLLED = 4
+NUMBERS = 4 << 10  # that are looked at together: 4 of 64 vector registers, as float32
+UNROLLED = 2  # with more, registers are spilled
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,7 @@ def over_rows(body, given, results, *, name, strip, shared=()):
         in_specs=[*(block(tail(*pair), pair[1]) for pair in pairs), *whole],
         out_specs=[block(t) for t, _ in results],
         out_shape=[jax.ShapeDtypeStruct((padded, *t), dtype) for t, dtype in results],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=current().vmem_limit
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=current().vmem_limit),
         name=name,
         interpret=interpreter() if emulated() else False,
     )(*(x for x, _ in pairs), *shared)

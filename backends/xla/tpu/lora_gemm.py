@@ -23,6 +23,7 @@ from ._tiles import lanes, power
 
 ROWS = 16  # of a tile at least
 FEATURES = 1024  # of a block
+COLUMNS = 256  # multiplied at once
 
 
 def takes(y, x, a, b, adapters, scales):
@@ -90,16 +91,32 @@ def _kernel(dot, used, live, scales, x, a, b, update, hidden):
 
     @pl.when(live[t] > 0)
     def _():
+        def add(at):
+            hidden[...] += multiply(converted(x[:, at], dot), converted(a[0, :, at], dot), transposed=True)
+
         @pl.when(j == 0)
         def _():
-            hidden[...] = multiply(converted(x[...], dot), converted(a[0], dot), transposed=True) * scales[t]
+            hidden[...] = jnp.zeros_like(hidden)
+            for_pieces(x.shape[1], COLUMNS, add)
+            hidden[...] *= scales[t]
 
-        h, other = hidden[...], converted(b[0], dot)
-        high = h.astype(dot)
-        total = multiply(high, other, transposed=True)
-        if dot != jnp.float32:
-            total += multiply((h - high.astype(jnp.float32)).astype(dot), other, transposed=True)
-        update[...] = total
+        def store(at):
+            h, other = hidden[...], converted(b[0, at], dot)
+            high = h.astype(dot)
+            total = multiply(high, other, transposed=True)
+            if dot != jnp.float32:
+                total += multiply((h - high.astype(jnp.float32)).astype(dot), other, transposed=True)
+            update[:, at] = total
+
+        for_pieces(update.shape[1], COLUMNS, store)
+
+
+def for_pieces(size, piece, do):
+    """do(slice) for each piece; in a loop, which keeps the registers of one from those of the next."""
+    if size % piece:
+        do(pl.ds(0, size))
+    else:
+        pl.loop(0, size // piece)(lambda i: do(pl.ds(pl.multiple_of(i * piece, piece), piece)))
 
 
 def _bits(x):
@@ -110,14 +127,14 @@ def _bits(x):
 def sizes(x, a, b):
     """(rows of a tile, features of a block)."""
     mean = -(-x.shape[0] // a.shape[0])
-    return min(max(ROWS, power(mean)), 128), min(FEATURES, lanes(b.shape[1]))
+    return min(max(ROWS, power(mean)), 64), min(FEATURES, lanes(b.shape[1]))
 
 
 def vmem(x, a, b):
     """Bytes of the blocks, which are double, and of what is multiplied."""
     size, block = sizes(x, a, b)
-    stored = 2 * jnp.dtype(x.dtype).itemsize
-    return stored * (size * lanes(x.shape[1]) + a.shape[1] * lanes(x.shape[1]) + block * lanes(a.shape[1])) + 8 * size * block
+    numbers = (size + a.shape[1]) * lanes(x.shape[1]) + block * lanes(a.shape[1])
+    return 2 * jnp.dtype(x.dtype).itemsize * numbers + 8 * size * block
 
 
 def plan(y, x, a, b, adapters, scales):

@@ -16,15 +16,15 @@ from ._rows import pays as large
 __all__ = ["pays", "plan", "run", "takes"]
 
 INFINITE = 0x7F800000  # bits of an infinity; those of a NaN are more
-MOST = 4 * LANES  # columns of a group
+GROUPS = (16, 32, 64, *range(LANES, 4 * LANES + 1, LANES))  # columns that share a scale
 
 
 def takes(x, *, dtype, group, scale):
     """Yield (code, reason, fix) for what the kernel does not take."""
     if 0 in x.shape:
         yield "SHAPE", f"x is {list(x.shape)}; a grid needs a row", "give at least one row and one column"
-    if group and (group % LANES and LANES % group or group > MOST or group < 16):
-        reason = f"group={group}; groups are 16, 32, 64, or {LANES} to {MOST} in steps of {LANES}"
+    if group and group not in GROUPS:
+        reason = f"group={group}; takes groups of {', '.join(map(str, GROUPS))}"
         yield "SHAPE", reason, f"quantize in groups of {LANES}"
     yield from refuse_long(strip_of(jnp.int8), ((x.shape[-1],), x.dtype), ((x.shape[-1],), jnp.int8))
 
@@ -100,7 +100,7 @@ def _int8(ratio):
 
 
 def _e4m3(ratio):
-    """The code of each saturated float32, ties to even: below 2 ** -6 in steps of 2 ** -9, above with 3 bits of fraction."""
+    """The code of each saturated float32, ties to even: steps of 2 ** -9 below 2 ** -6, above 3 bits of fraction."""
     bits = lax.bitcast_convert_type(ratio, jnp.int32)
     size = bits & 0x7FFFFFFF
     small = jnp.round(jnp.abs(ratio) * 512.0).astype(jnp.int32)

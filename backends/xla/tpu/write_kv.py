@@ -3,8 +3,8 @@
     slots, sorted by XLA     [ 5  6  7 | 37 | 64 65 ]       runs: tokens whose slots lie in one tile of a page
     tile in HBM  --copy-->  VMEM: a row of 32-bit words for 1, 2 or 4 slots, those of the run put in  --copy-->  HBM
 
-A slot is less than what a copy can move: rows of bfloat16 lie in pairs, bytes in fours.  DEPTH tiles are on their way at
-once.  Runs lie in tiles of their own, so none waits for another.  Numbers are bits here: nothing is rounded or lost.
+A slot is less than what a copy can move: rows of bfloat16 lie in pairs, bytes in fours.  DEPTH tiles are on their way
+at once.  Runs lie in tiles of their own, so none waits for another.  Numbers are bits here: nothing is rounded or lost.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import emulated
 from ..write_kv import quantized
-from ._chips import current, interpreter, too_large
+from ._chips import current, interpreter, refuse_order, too_large
 from ._numbers import SUBLANES, carried, tile_rows
 from ._tiles import lanes
 
@@ -41,6 +41,7 @@ def takes(k, v, k_cache, v_cache, slots, *, k_scale, v_scale):
     if (taken := vmem(k, k_cache, v_cache)) > current().vmem_limit:
         reason = f"{DEPTH} tiles of all heads take {taken} bytes of VMEM; {current().name} has {current().vmem_limit}"
         yield "SHAPE", reason, "give each device a part of the heads"
+    yield from refuse_order(k_cache=k_cache, v_cache=v_cache)
     if emulated():
         yield from too_large(*(cache for cache in (k_cache, v_cache) if cache is not None))
 
@@ -83,7 +84,6 @@ def write(new, pages, slots):
     of_run = slots[jnp.minimum(start[:-1], tokens - 1)] // height
     scalars = [runs[None], start, jnp.where(jnp.arange(tokens) < runs, of_run, 0), jnp.where(there, slots % height, 0)]
     rows = [_words(x)[order] for x in new]
-    width = [(cache.shape[1], cache.shape[3]) for cache in pages]
     given = len(scalars) + len(rows)
     return pl.pallas_call(
         functools.partial(_kernel, height, page_size),
@@ -93,8 +93,8 @@ def write(new, pages, slots):
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (len(rows) + len(pages)),
             out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(pages),
             scratch_shapes=[
-                *(pltpu.VMEM((DEPTH, heads, height, dim), x.dtype) for x, (heads, dim) in zip(pages, width, strict=True)),
-                *(pltpu.VMEM((DEPTH, height, heads, dim), jnp.int32) for heads, dim in width),
+                *(pltpu.VMEM((DEPTH, x.shape[1], height, x.shape[3]), x.dtype) for x in pages),
+                *(pltpu.VMEM((DEPTH, height, x.shape[1], x.shape[3]), jnp.int32) for x in pages),
                 pltpu.SemaphoreType.DMA((2, DEPTH)),
             ],
         ),
@@ -177,12 +177,12 @@ def _put(tile, buffer, rows, token, offset):
     word = lax.broadcasted_iota(jnp.int32, (height // packed, dim), 0)
     here = word == lax.div(offset, packed)
     shift = lax.rem(offset, packed) * (32 // packed)
-    kept = jnp.int32(-1) if packed == 1 else jnp.bitwise_not(lax.shift_left(jnp.int32((1 << (32 // packed)) - 1), shift))
-    kept = jnp.int32(0) if packed == 1 else kept
+    own = -1 if packed == 1 else (1 << 32 // packed) - 1  # bits of one slot
+    kept = jnp.bitwise_not(lax.shift_left(jnp.int32(own), shift))
     for head in range(heads):
         words = pltpu.bitcast(tile[buffer, head], jnp.int32)
-        own = lax.shift_left(jnp.broadcast_to(rows[buffer, token, pl.ds(head, 1)], words.shape), shift)
-        words = jnp.where(here, (words & kept) | own, words)
+        new = lax.shift_left(jnp.broadcast_to(rows[buffer, token, pl.ds(head, 1)], words.shape), shift)
+        words = jnp.where(here, (words & kept) | new, words)
         tile[buffer, head] = pltpu.bitcast(words, tile.dtype)
 
 
