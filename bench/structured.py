@@ -17,8 +17,8 @@ import torch
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams, Structure
-from llmkernels.engine.grammar import Masks
 from llmkernels.roofline import device_name
+from llmkernels.structured.masks import Masks
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -71,6 +71,26 @@ def test_beams_among_others_in_small_memory_find_the_same(llm):
     assert small.stats()["pages_used"] == 0
 
 
+def test_two_searches_and_a_request_at_once(llm):
+    """One is given up, and leaves nothing behind."""
+    params = BeamParams(3, 12)
+    alone = [[beam.tokens for beam in llm.beam_search(prompt, params)] for prompt in PROMPTS[:2]]
+    text = llm.generate(PROMPTS[2], SamplingParams(max_tokens=30))[0].text
+    given_up, *searches = [llm.add_beams(PROMPTS[0], BeamParams(3, 90))] + [
+        llm.add_beams(p, params) for p in PROMPTS[:2]
+    ]
+    (output,) = llm.add(PROMPTS[2], SamplingParams(max_tokens=30))
+    while output.finish_reason is None or any(search.beams is None for search in searches):
+        llm.step()
+    llm.abort_beams(given_up)
+    assert [[beam.tokens for beam in search.beams] for search in searches] == alone
+    assert output.text == text
+    assert llm.stats()["pages_used"] == 0
+    llm.check()
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        llm.add_beams("")
+
+
 def test_beams_share_the_pages_of_what_they_have_in_common(llm, monkeypatch):
     """Of a prompt of p pages, four beams use p and a few more; copies of it would be four times p."""
     prompt, most = [5 + i % 900 for i in range(80)], 0

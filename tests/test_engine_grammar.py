@@ -11,7 +11,7 @@ from schemas import SCHEMAS
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams, Structure
-from llmkernels.engine.grammar import Masks
+from llmkernels.structured.masks import Masks
 
 PROMPT = "The read() system call"
 PERSON = {

@@ -124,6 +124,36 @@ def test_each_row_equals_the_merged_model(folder, expected, more):
     assert len({tuple(outputs[0].tokens) for outputs in expected.values()}) == 4
 
 
+def test_modules_of_their_own_rank_and_alpha(folder, tmp_path):
+    """rank_pattern and alpha_pattern: the end of a module's name, or all of it; the first that matches."""
+    patterns = {
+        "rank_pattern": {"^model.layers.0.self_attn.q_proj": 6, "layers.1.*k_proj": 2, "k_proj": 3},
+        "alpha_pattern": {"self_attn.o_proj": 16, r"mlp\.up_proj": 1},
+    }
+    scales = {"0.self_attn.q_proj": (6, 8), "1.self_attn.k_proj": (2, 8), "0.self_attn.k_proj": (3, 8)}
+    for layer in range(2):
+        scales |= {f"{layer}.self_attn.o_proj": (4, 16), f"{layer}.mlp.up_proj": (4, 1)}
+    tensors = write(tmp_path, *ADAPTERS["all"], **patterns)
+    scaled, merged = {}, load_file(folder / "base" / "model.safetensors")
+    for key in [key for key in tensors if ".lora_A." in key]:
+        module = key.removeprefix("base_model.model.model.layers.").removesuffix(".lora_A.weight")
+        rank, alpha = scales.get(module, (4, 8))
+        other = key.replace("lora_A", "lora_B")
+        a, b = torch.cat([tensors[key]] * 2)[:rank], torch.cat([tensors[other]] * 2, 1)[:, :rank]
+        scaled |= {key: a.contiguous(), other: b.contiguous()}
+        weight = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        merged[weight] = (merged[weight].double() + alpha / rank * (b.double() @ a.double())).float()
+    save_file(scaled, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "merged").mkdir()
+    save_file(merged, tmp_path / "merged" / "model.safetensors")
+    (tmp_path / "merged" / "config.json").symlink_to(folder / "base" / "config.json")
+    llm = engine(folder, adapters=["all"])  # of one rank, beside it
+    llm.load_adapter("patterns", tmp_path)
+    wanted = engine(tmp_path, "merged").generate(PROMPTS, wish())
+    for output, want in zip(llm.generate(PROMPTS, wish(), adapter="patterns"), wanted, strict=True):
+        same(output, want)
+
+
 def test_what_transformers_says_of_the_merged_weights(folder):
     model = transformers.LlamaForCausalLM.from_pretrained(folder / "merged-all")
     llm = engine(folder, adapters=["all"])
@@ -214,7 +244,10 @@ def test_a_request_that_never_ran_holds_no_adapter(folder):
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
         ({"use_dora": True}, "use_dora is True, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
+        ({"rank_pattern": {"q_proj": 2}}, r"lora_A of 0.self_attn.q_proj is of shape .* needs \(2, 64\)"),
+        ({"rank_pattern": {"(a+)+b": 2}}, r"rank_pattern is .*; names of modules with up to 3 of"),
+        ({"alpha_pattern": {"[": 2}}, "alpha_pattern holds no regular expression"),
+        ({"alpha_pattern": {"q_proj": "2"}}, "lora_alpha is '2'"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the base"),
         ({"r": 0}, "r is 0; it must be an integer from 1 to 512"),

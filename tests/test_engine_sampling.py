@@ -70,13 +70,18 @@ def test_a_frequency_penalty_ends_repetition(llm):
     assert len(set(varied.tokens)) > len(set(calm.tokens))
 
 
-@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())
-def test_a_stop_string_is_found_wherever_the_pieces_end(text, strings, data):
+@given(
+    st.text("abc", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 5), max_size=12),
+)
+def test_a_stop_string_is_found_wherever_the_pieces_end(text, strings, sizes):
     """Nothing is shown that turns out to belong to a stop string, and nothing else is kept back."""
     stops, shown, ended, at = StopStrings(strings), "", False, 0
     first = min([text.find(string) for string in strings if string in text], default=None)
-    while at < len(text) and not ended:
-        size = data.draw(st.integers(0, 5))
+    for size in (*sizes, len(text)):
+        if ended or at >= len(text):
+            break
         piece, ended = stops.push(text[at : at + size])
         at, shown = at + size, shown + piece
         held = text[len(shown) : at]
@@ -164,3 +169,16 @@ def test_the_likeliest_tokens_are_told(llm):
         assert top[token] == pytest.approx(logprob)
         assert [*top.values()] == sorted(top.values(), reverse=True)
         assert list(fewer) == list(top)[:3]
+
+
+def test_best_of_returns_the_likeliest_answers(llm):
+    """By the mean of ln p, which nobody asked to see; the others are sampled all the same."""
+    wish = {"max_tokens": 8, "temperature": 1.2, "seed": 4}
+    every = llm.generate("A package", SamplingParams(n=6, logprobs=True, **wish))
+    ranked = sorted(every, key=lambda output: -sum(output.logprobs) / len(output.logprobs))
+    best = llm.generate("A package", SamplingParams(n=2, best_of=6, **wish))
+    assert [output.tokens for output in best] == [output.tokens for output in ranked[:2]]
+    assert best[0].tokens != every[0].tokens
+    assert not best[0].logprobs
+    with pytest.raises(ValueError, match="best_of is 1; give an integer from 2 to 128"):
+        SamplingParams(n=2, best_of=1)

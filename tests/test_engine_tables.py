@@ -1,5 +1,6 @@
 """What a step costs: counted, not timed."""
 
+import gc
 import random
 import sys
 
@@ -53,11 +54,13 @@ def lines(work):
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # what it finds of other tests' runs Python as well
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 

@@ -34,16 +34,19 @@ LAYERS = {
     "ops": Layer("ops/*", "core quant", "torch numpy"),
     "frameworks": Layer("torch_library jax_api", "core quant ops", "torch jax numpy"),
     "kit": Layer("memory inputs comparison testing selfcheck", "core quant ops", "torch numpy", "jax"),
-    "engine": Layer("engine/*", "core quant ops frameworks", "torch numpy safetensors tokenizers", "jinja2 xgrammar"),
+    "structured": Layer("structured/*", "", "torch numpy tokenizers", "xgrammar"),
+    "engine": Layer("engine/*", "core quant ops frameworks structured", "torch safetensors tokenizers"),
     "server": Layer(
         "server/*",
-        "core quant ops frameworks engine",
-        "fastapi jinja2 prometheus_client pydantic starlette tokenizers",
+        "core quant ops frameworks structured engine",
+        "fastapi jinja2 prometheus_client pydantic starlette tokenizers uvicorn",
     ),
     "measuring": Layer(
         "roofline status bench/* crosscompile/*", "core quant ops frameworks kit", "torch numpy", ANYTHING
     ),
-    "doors": Layer("cli/* __main__", "core quant ops frameworks kit engine measuring server", "typer rich", ANYTHING),
+    "doors": Layer(
+        "cli/* __main__", "core quant ops frameworks kit structured engine measuring server", "typer rich", ANYTHING
+    ),
     "adapters": Layer(
         "integrations/*",
         "core quant ops frameworks",

@@ -6,9 +6,9 @@
 
 A request travels llm.py -> scheduler.py (which tokens run in this step) -> runner.py (arrays) -> model.py (ops)
 -> sampling.py (the next tokens), and back (output.py).  weights.py reads checkpoints; cache.py holds the pages' memory,
-pages.py counts their users, prefix.py finds those whose keys are known.  Structured answers: structure.py (what may be
-asked for), schema.py, grammar.py (what may come next).  speculative.py guesses tokens ahead of the model, lora.py reads
-adapters, tables.py keeps the block table from step to step, graphs.py records steps.
+pages.py counts their users, prefix.py finds those whose keys are known.  speculative.py guesses tokens ahead of the
+model, lora.py reads adapters, tables.py keeps the block table from step to step, graphs.py records steps.  What the
+text of an answer must be is for llmkernels.structured to say.
 """
 
 from llmkernels.engine.beam import Beam as Beam
@@ -20,5 +20,5 @@ from llmkernels.engine.output import Output as Output
 from llmkernels.engine.output import best as best
 from llmkernels.engine.sampling import SamplingParams as SamplingParams
 from llmkernels.engine.speculative import Speculation as Speculation
-from llmkernels.engine.structure import Structure as Structure
 from llmkernels.engine.weights import CheckpointError as CheckpointError
+from llmkernels.structured import Structure as Structure

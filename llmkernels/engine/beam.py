@@ -5,11 +5,14 @@ that of the last page, and none where only one beam goes on.  What is kept, when
 as in transformers' GenerationMixin.generate(num_beams=width), the oracle of its tests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from llmkernels.engine.output import Output
 from llmkernels.engine.sampling import MOST_LOGPROBS
+from llmkernels.engine.scheduler import Scheduler
+from llmkernels.engine.tokenizer import StopStrings
 
 
 @dataclass(frozen=True)
@@ -47,29 +50,33 @@ class Beam:
 
     tokens: the ids generated, a stop token included.
     score: the sum of their ln p while it is followed; that over length ** length_penalty once it has ended.
-    text: as Output.text, once it has ended.
+    text, finish_reason: as those of an Output, once it has ended.
     """
 
     tokens: list[int]
     score: float
+    finish_reason: str | None = None
     text: str = ""
 
 
-Follow = Callable[[list[tuple[int, int]]], Sequence[Mapping[int, float]]]
+Ways = list[tuple[int, int]]  # how beams go on: (index among those before, new token)
 
 
-def search(params: BeamParams, length: int, stop: frozenset[int], follow: Follow) -> list[Beam]:
+def search(
+    params: BeamParams, length: int, stop: frozenset[int]
+) -> Generator[Ways, Sequence[Mapping[int, float]], list[Beam]]:
     """The answers, the best first.
+
+    Yields which beams are followed from now on; the first time there is one, with nothing behind the prompt, and no
+    way.  Is sent the likeliest next tokens of each and their ln p: width + len(stop) of them, so that enough are left
+    that do not end it.
 
     Args:
         length: tokens to generate at most.
         stop: tokens that end an answer.
-        follow: gives the likeliest next tokens of each beam and their ln p: width + len(stop) of them, so that enough
-            are left that do not end it.  Told which beams these are, as (index among those before, new token); the
-            first time there is one, with nothing behind the prompt.
     """
     beams, finished = [Beam([], 0.0)], [Beam([], -1e9)] * params.width
-    likeliest, full = follow([]), False
+    likeliest, full = (yield []), False
     while True:
         count = len(beams[0].tokens) + 1
         ways = sorted(
@@ -79,7 +86,8 @@ def search(params: BeamParams, length: int, stop: frozenset[int], follow: Follow
         ended = [count == length or token in stop for _, _, token in ways]
         for (score, i, token), end in [*zip(ways, ended, strict=True)][: params.width]:
             if end and not (full and params.early_stopping is True):
-                finished.append(Beam([*beams[i].tokens, token], score / count**params.length_penalty))
+                reason = "stop" if token in stop else "length"
+                finished.append(Beam([*beams[i].tokens, token], score / count**params.length_penalty, reason))
         finished = sorted(finished, key=lambda beam: -beam.score)[: params.width]
         ways = [way for way, end in zip(ways, ended, strict=True) if not end][: params.width]
         if not ways:
@@ -89,5 +97,67 @@ def search(params: BeamParams, length: int, stop: frozenset[int], follow: Follow
         if full and (params.early_stopping is True or ways[0][0] / reach**params.length_penalty <= finished[-1].score):
             break
         beams = [Beam([*beams[i].tokens, token], score) for score, i, token in ways]
-        likeliest = follow([(i, token) for _, i, token in ways])
+        likeliest = yield [(i, token) for _, i, token in ways]
     return [beam for beam in finished if beam.tokens]
+
+
+class BeamSearch:
+    """A search on its way: sequences of a scheduler that fork at every step of theirs.
+
+    beams: what it found, the best first; None until it has ended.
+
+    ValueError where its beams find no room, even alone.
+    """
+
+    def __init__(
+        self,
+        params: BeamParams,
+        first: Output,
+        scheduler: Scheduler,
+        stop: frozenset[int],
+        decode: Callable[[list[int]], str],
+    ):
+        """first: the request, not queued yet, with the top_logprobs that `search` asks for."""
+        self.beams: list[Beam] | None = None
+        self._scheduler, self._decode, self._outputs = scheduler, decode, [first]
+        sequence = first._sequence
+        sequence.plain = True
+        self._length = len(sequence.tokens)  # behind so many tokens the beams part
+        shared = self._length // scheduler.page_size
+        pages = shared + params.width * (-(-sequence.limit // scheduler.page_size) - shared)
+        if params.width > scheduler.max_sequences or pages > scheduler.pool.pages:
+            raise ValueError(
+                f"width is {params.width}: {pages} pages and as many sequences at once; this LLM has "
+                f"{scheduler.pool.pages} and max_sequences={scheduler.max_sequences}: give fewer beams, or fewer tokens"
+            )
+        self._search = search(params, sequence.limit - self._length, stop)
+        next(self._search)
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        return self._outputs[0].prompt_tokens
+
+    def advance(self) -> bool:
+        """After a step: part the beams anew where all of them have had theirs.  False once it has ended."""
+        if self.beams is None and all(output.top_logprobs for output in self._outputs):
+            try:
+                ways = self._search.send([output.top_logprobs[0] for output in self._outputs])
+            except StopIteration as end:
+                self.abort()
+                self.beams = [replace(beam, text=self._decode(beam.tokens)) for beam in end.value]
+                return False
+            forks = [self._fork(self._outputs[i], token) for i, token in ways]
+            self.abort()
+            self._outputs, self._length = forks, self._length + 1
+        return self.beams is None
+
+    def abort(self) -> None:
+        """Forget the sequences that it follows."""
+        for output in self._outputs:
+            self._scheduler.end(output._sequence)
+
+    def _fork(self, parent: Output, token: int) -> Output:
+        sequence = self._scheduler.fork(parent._sequence, self._length, token)
+        fork = Output(parent.prompt_tokens, parent.params, parent.seed, _sequence=sequence, _stops=StopStrings(()))
+        sequence.payload = fork
+        return fork

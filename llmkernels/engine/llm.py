@@ -1,14 +1,12 @@
 """LLM(...).generate and .stream: requests in, text out, and the loop between."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmkernels.engine.audit import problems
-from llmkernels.engine.beam import Beam, BeamParams, search
+from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
 from llmkernels.engine.cache import KVCache, page_bytes
-from llmkernels.engine.grammar import Grammars
 from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.lora import Adapters
 from llmkernels.engine.options import (
@@ -21,7 +19,7 @@ from llmkernels.engine.options import (
     one_of,
     read_draft,
 )
-from llmkernels.engine.output import Delta, Feed, Output
+from llmkernels.engine.output import Delta, Feed, Output, best
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.pooling import Mean
 from llmkernels.engine.prefix import PrefixCache
@@ -32,6 +30,7 @@ from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.speculative import Speculation
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, load
+from llmkernels.structured.grammar import Grammars
 
 Prompt = str | list[int]
 
@@ -122,7 +121,8 @@ class LLM:
             calibrate(model, cache)
         speculator = build_speculator(speculation, draft, pages, page_size, self.max_length, place)
         recorded = DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
-        self._adapters = Adapters(model)
+        self._adapters = Adapters(model, self._scheduler)
+        self._searches: list[BeamSearch] = []
         self._runner = Runner(model, cache, recorded, speculator)
 
     def generate(
@@ -152,13 +152,13 @@ class LLM:
         outputs = [output for request in requests for output in request]
         try:
             for request in requests:
-                self._queue(request)
+                self._scheduler.add(request[0]._sequence)
             while any(output.finish_reason is None for output in outputs):
                 self.step()
         finally:
             for output in outputs:  # only where something was raised is there anything left to abort
                 self.abort(output)
-        return outputs
+        return [output for request in requests for output in best(request)]
 
     def stream(
         self,
@@ -171,8 +171,8 @@ class LLM:
         """Answer one prompt, piece by piece:  for delta in llm.stream("Once"): print(delta.text, end="")
 
         A piece is whole characters; the last one of an output, maybe empty, comes with delta.output.finish_reason set.
-        The n outputs of params.n come interleaved.  Closing the iterator aborts the request.  Requests of other streams
-        advance with it.
+        The params.answers outputs come interleaved.  Closing the iterator aborts the request.  What else was added
+        advances with it.
         """
         return self._follow(self.add(prompt, params, salt=salt, adapter=adapter))
 
@@ -181,46 +181,51 @@ class LLM:
         outputs = self.generate(prompts, SamplingParams(max_tokens=1, embed=True), adapter=adapter)
         return [output.embedding for output in outputs]
 
-    def beam_search(self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None) -> list[Beam]:
+    def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+    ) -> list[Beam]:
         """The likeliest answers to a prompt that beam search finds, params.width of them, the best first.
 
         Requests that were added run beside it.  ValueErrors as in `generate`, and where the beams find no room.
         """
+        search = self.add_beams(prompt, params, salt=salt, adapter=adapter)
+        try:
+            while search.beams is None:
+                self.step()
+        finally:
+            self.abort_beams(search)
+        return search.beams
+
+    def add_beams(
+        self,
+        prompt: Prompt,
+        params: BeamParams | None = None,
+        *,
+        salt: str | None = None,
+        adapter: str | None = None,
+    ) -> BeamSearch:
+        """Queue a beam search without running it; steps bring it further, until its `beams` are there."""
         params = params or BeamParams()
         wishes = SamplingParams(
             max_tokens=params.max_tokens, top_logprobs=params.width + len(self._eos), ignore_eos=True
         )
-        outputs = self._request(prompt, wishes, salt, None)
-        first, scheduler = outputs[0]._sequence, self._scheduler
-        first.plain = True
-        start, length = len(first.tokens), first.limit - len(first.tokens)
-        shared = start // scheduler.page_size
-        pages = shared + params.width * (-(-first.limit // scheduler.page_size) - shared)
-        if params.width > scheduler.max_sequences or pages > scheduler.pool.pages:
-            raise ValueError(
-                f"width is {params.width}: {pages} pages and as many sequences at once; this LLM has "
-                f"{scheduler.pool.pages} and max_sequences={scheduler.max_sequences}: give fewer beams, or fewer tokens"
-            )
-        scheduler.add(first)
-
-        def follow(ways: list[tuple[int, int]]) -> list[Mapping[int, float]]:
-            nonlocal outputs, start
-            if ways:
-                parents, outputs = outputs, [self._fork(outputs[i], start, token) for i, token in ways]
-                for parent in parents:
-                    self.abort(parent)
-                start += 1
-            while not all(output.top_logprobs for output in outputs):
-                self.step()
-            return [output.top_logprobs[0] for output in outputs]
-
-        try:
-            beams = search(params, length, self._eos, follow)
-        finally:
-            for output in outputs:
-                self.abort(output)
+        outputs = self._request(prompt, wishes, salt, adapter)
         decode = self.tokenizer.decode if self.tokenizer else lambda tokens: ""
-        return [replace(beam, text=decode(beam.tokens)) for beam in beams]
+        search = BeamSearch(params, outputs[0], self._scheduler, self._eos, decode)
+        self._scheduler.add(outputs[0]._sequence)
+        self._searches.append(search)
+        return search
+
+    def abort_beams(self, search: BeamSearch) -> None:
+        """End a beam search now; nothing happens to one that has ended."""
+        search.abort()
+        if search in self._searches:
+            self._searches.remove(search)
 
     def add(
         self,
@@ -230,12 +235,13 @@ class LLM:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> list[Output]:
-        """Queue a request without running it; each `step` brings its params.n Outputs further.
+        """Queue a request without running it; each `step` brings its params.answers Outputs further.
 
-        The prompt is computed once; its answers share its pages.  ValueErrors as in `generate`.
+        The prompt is computed once; its answers share its pages.  Where params.best_of asks for a choice, `best` makes
+        it when they have finished.  ValueErrors as in `generate`.
         """
         outputs = self._request(prompt, params, salt, adapter)
-        self._queue(outputs)
+        self._scheduler.add(outputs[0]._sequence)
         return outputs
 
     def step(self) -> bool:
@@ -256,6 +262,7 @@ class LLM:
                 self._take(output, Chosen(token), output.finish_reason)
                 if output.finish_reason:
                     break
+        self._searches = [search for search in self._searches if search.advance()]
         return True
 
     def load_adapter(self, name: str, path: str | Path) -> None:
@@ -330,13 +337,6 @@ class LLM:
             output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
         return ended
 
-    def _fork(self, output: Output, length: int, token: int) -> Output:
-        """One that goes on with `token` behind the first `length` tokens of this one's sequence."""
-        sequence = self._scheduler.fork(output._sequence, length, token)
-        fork = Output(output.prompt_tokens, output.params, output.seed, _sequence=sequence, _stops=StopStrings(()))
-        sequence.payload = fork
-        return fork
-
     def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
         feed = Feed(outputs)
         try:
@@ -351,14 +351,10 @@ class LLM:
             for output in outputs:
                 self.abort(output)
 
-    def _queue(self, outputs: list[Output]) -> None:
-        self._scheduler.add(outputs[0]._sequence)
-        self._adapters.use([output._sequence for output in outputs])
-
     def _request(
         self, prompt: Prompt, params: SamplingParams | None, salt: str | None, adapter: str | None
     ) -> list[Output]:
-        """The outputs to be, params.n of them; the first one's sequence holds the others as forks."""
+        """The outputs to be, params.answers of them; the first one's sequence holds the others as forks."""
         params = self.default_params if params is None else params
         if not isinstance(prompt, (str, list, tuple)):
             raise ValueError(f"the prompt is {prompt!r:.80}; give a text, or a list of token ids")
@@ -378,7 +374,7 @@ class LLM:
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         limit = min(len(ids) + params.max_tokens, self.max_length)
         grammar, outputs = self.prepare(params), []
-        for i in range(params.n):
+        for i in range(params.answers):
             sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=scope)
             if used:
                 sequence.adapter = used.slot

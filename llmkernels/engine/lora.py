@@ -8,16 +8,16 @@ weights) is refused by its name.  https://huggingface.co/docs/peft/developer_gui
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from llmkernels.engine.model import Delta, Linear, Model
-from llmkernels.engine.scheduler import Sequence
+from llmkernels.engine.scheduler import Scheduler
 from llmkernels.engine.weights import CheckpointError, open_tensors, read_json
 
 MOST_ADAPTERS = 64
@@ -25,16 +25,17 @@ MOST_RANK = 512
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
 REFUSED = (  # keys of the config that change the arithmetic, unless they are empty
-    *("use_dora", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication"),
+    *("use_dora", "modules_to_save", "fan_in_fan_out", "layer_replication"),
     *("lora_bias", "use_qalora", "use_bdlora", "trainable_token_indices", "target_parameters", "arrow_config"),
     *("alora_invocation_tokens", "megatron_config"),
 )
+PATTERN = re.compile(r"[\w.^$|\[\]\\-]*([*+?][\w.^$|\[\]\\-]*){0,3}")  # no groups: nothing repeats what repeats
 BASE_CHANGED = ("pissa", "olora", "corda", "loftq")  # ways to begin that leave a remainder in the base weights
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter: its place in the stacks, and the sequences that use it.
+    """A loaded adapter: its place in the stacks.
 
     number: of this loading: keys that were computed with it are found under it, and under no later one of its name.
     """
@@ -42,19 +43,13 @@ class Adapter:
     name: str
     slot: int
     number: int
-    users: list[Sequence] = field(default_factory=list)
-
-    def busy(self) -> bool:
-        """Does anybody use it still?"""
-        self.users = [sequence for sequence in self.users if not sequence.finish_reason]
-        return bool(self.users)
 
 
 class Adapters:
-    """The adapters of a model, by name; and those unloaded whose last requests are still running."""
+    """The adapters of a model, by name; and those unloaded whose last requests are still with the scheduler."""
 
-    def __init__(self, model: Model):
-        self._model = model
+    def __init__(self, model: Model, scheduler: Scheduler):
+        self._model, self._scheduler = model, scheduler
         self._named: dict[str, Adapter] = {}
         self._leaving: list[Adapter] = []
         self._numbers = count(1)
@@ -72,13 +67,6 @@ class Adapters:
         known = ", ".join(self._named) or "none"
         raise ValueError(f"there is no adapter {name!r}; loaded are: {known}")
 
-    def use(self, sequences: list[Sequence]) -> None:
-        """The answers to a request, which run from now on with the adapter whose slot they name."""
-        for adapter in self._named.values():
-            if adapter.slot == sequences[0].adapter:
-                adapter.busy()  # forgets those that have ended
-                adapter.users += sequences
-
     def load(self, name: str, path: str | Path) -> None:
         """Read an adapter; a CheckpointError (a ValueError) leaves everything as it was."""
         self.sweep()
@@ -90,12 +78,12 @@ class Adapters:
         if len(taken) == MOST_ADAPTERS:
             raise ValueError(f"{MOST_ADAPTERS} adapters are loaded, which is the most; unload one")
         slot = next(slot for slot in count() if slot not in taken)
-        scale, pairs = read(Path(path), self._model)
+        pairs = read(Path(path), self._model)
         changed = []
         for key, linear, start, rows, width in modules(self._model):
             if (pair := pairs.get(key)) is not None or key in linear.deltas:
                 sizes = start, rows, width
-                changed.append((key, linear, _stacked(linear.deltas.get(key), sizes, slot, scale, pair, self._model)))
+                changed.append((key, linear, _stacked(linear.deltas.get(key), sizes, slot, pair, self._model)))
         for key, linear, delta in changed:
             linear.deltas[key] = delta
         self._named[name] = Adapter(name, slot, next(self._numbers))
@@ -110,15 +98,19 @@ class Adapters:
         """Forget those that were unloaded and are used no more; when none is left, the stacks as well."""
         if not self._leaving:
             return
-        for adapter in [*self._leaving]:
-            if not adapter.busy():
-                self._leaving.remove(adapter)
+        used = {sequence.adapter for sequence in (*self._scheduler.running, *self._scheduler.waiting)}
+        self._leaving = [adapter for adapter in self._leaving if adapter.slot in used]
         if not self._named and not self._leaving:
             for _, linear, *_ in modules(self._model):
                 linear.deltas.clear()
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+class Pair(NamedTuple):
+    """lora_A [rank in] and lora_B [out rank] of a module, and what their product is multiplied by."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
 
 
 def modules(model: Model) -> Iterator[tuple[str, Linear, int, int, int]]:
@@ -139,11 +131,11 @@ def modules(model: Model) -> Iterator[tuple[str, Linear, int, int, int]]:
                 start += rows
 
 
-def read(path: Path, model: Model) -> tuple[float, dict[str, Pair]]:
-    """The scale of an adapter, and by module its lora_A [rank in] and lora_B [out rank]."""
+def read(path: Path, model: Model) -> dict[str, Pair]:
+    """By module what an adapter adds to it."""
     if not path.is_dir():
         raise CheckpointError(f"{path.name} is not a directory; give that of an adapter, where {FILES[0]} is")
-    rank, scale = _read_config(path / FILES[0])
+    sizes = _read_config(path / FILES[0])
     tensors = open_tensors(path / FILES[1])
     found: dict[str, dict[str, str]] = {}
     for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -157,22 +149,26 @@ def read(path: Path, model: Model) -> tuple[float, dict[str, Pair]]:
     pairs = {}
     for key, _, _, rows, width in modules(model):
         if sides := found.pop(key, None):
+            rank, scale = sizes(f"model.layers.{key}")
             shapes = {"A": (rank, width), "B": (rows, rank)}
             for side, shape in shapes.items():
                 have = tuple(tensors.get_slice(sides[side]).get_shape()) if side in sides else None
                 if have != shape:
                     what = "missing" if have is None else f"of shape {have}"
                     raise CheckpointError(f"{path.name}: lora_{side} of {key} is {what}; this model needs {shape}")
-            pairs[key] = tensors.get_tensor(sides["A"]), tensors.get_tensor(sides["B"])
+            pairs[key] = Pair(tensors.get_tensor(sides["A"]), tensors.get_tensor(sides["B"]), scale)
     if found:
         raise CheckpointError(f"{path.name}: it changes {', '.join(sorted(found)[:3])}, which this model does not have")
     if not pairs:
         raise CheckpointError(f"{path.name}: {FILES[1]} holds nothing; save the adapter again")
-    return scale, pairs
+    return pairs
 
 
-def _read_config(file: Path) -> tuple[int, float]:
-    """Rank and scale; CheckpointError where the adapter is none of the kind that is read here."""
+def _read_config(file: Path) -> Callable[[str], tuple[int, float]]:
+    """Rank and scale of a module by its name; CheckpointError where the adapter is none of the kind that is read here.
+
+    The first pattern of rank_pattern, and of alpha_pattern, that the end of a module's name matches says them.
+    """
     raw = read_json(file)
     name = file.parent.name
     if raw.get("peft_type") != "LORA":
@@ -185,21 +181,40 @@ def _read_config(file: Path) -> tuple[int, float]:
     begun = raw.get("init_lora_weights")
     if isinstance(begun, str) and begun.startswith(BASE_CHANGED):
         raise CheckpointError(f"{name}: init_lora_weights is {begun!r}, which changes the base weights; convert it")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
-        raise CheckpointError(f"{name}: r is {rank!r}; it must be an integer from 1 to {MOST_RANK}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise CheckpointError(f"{name}: lora_alpha is {alpha!r}; it must be a number")
-    return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    ranks, alphas = (_patterns(name, key, raw) for key in ("rank_pattern", "alpha_pattern"))
+    for rank in (raw.get("r"), *ranks.values()):
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
+            raise CheckpointError(f"{name}: r is {rank!r}; it must be an integer from 1 to {MOST_RANK}")
+    for alpha in (raw.get("lora_alpha"), *alphas.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise CheckpointError(f"{name}: lora_alpha is {alpha!r}; it must be a number")
+
+    def sizes(module: str) -> tuple[int, float]:
+        rank, alpha = (
+            next((value for pattern, value in patterns.items() if pattern.match(module)), raw[default])
+            for patterns, default in ((ranks, "r"), (alphas, "lora_alpha"))
+        )
+        return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+
+    return sizes
 
 
-def _stacked(
-    old: Delta | None, sizes: tuple[int, int, int], slot: int, scale: float, pair: Pair | None, model: Model
-) -> Delta:
+def _patterns(name: str, key: str, raw: dict[str, Any]) -> dict[re.Pattern[str], Any]:
+    """A pattern -> its rank or alpha.  Patterns are regular expressions: those that could take for ever are refused."""
+    given = raw.get(key) or {}
+    if not isinstance(given, dict) or not all(PATTERN.fullmatch(pattern) for pattern in given):
+        raise CheckpointError(f"{name}: {key} is {given!r:.80}; names of modules with up to 3 of * + ? are supported")
+    try:
+        return {re.compile(rf"(.*\.)?({pattern})$"): value for pattern, value in given.items()}
+    except re.error as error:
+        raise CheckpointError(f"{name}: {key} holds no regular expression: {error}") from None
+
+
+def _stacked(old: Delta | None, sizes: tuple[int, int, int], slot: int, pair: Pair | None, model: Model) -> Delta:
     """The stack of a module with the adapter in `slot`; lower ranks are filled up with zeros."""
     start, rows, width = sizes
     places = max(slot + 1, len(old.a) if old else 0)
-    rank = max(len(pair[0]) if pair else 0, old.a.shape[1] if old else 0)
+    rank = max(len(pair.a) if pair else 0, old.a.shape[1] if old else 0)
     like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
     a, b = torch.zeros(places, rank, width, **like), torch.zeros(places, rows, rank, **like)
     scales = torch.zeros(places, device=model.device)
@@ -207,7 +222,7 @@ def _stacked(
         a[: len(old.a), : old.a.shape[1]] = old.a
         b[: len(old.b), :, : old.b.shape[2]] = old.b
         scales[: len(old.scales)] = old.scales
-    a[slot], b[slot], scales[slot] = 0, 0, scale
+    a[slot], b[slot], scales[slot] = 0, 0, 0
     if pair:
-        a[slot, : len(pair[0])], b[slot, :, : len(pair[0])] = pair
+        a[slot, : len(pair.a)], b[slot, :, : len(pair.a)], scales[slot] = pair
     return Delta(start, start + rows, a, b, scales)

@@ -1,13 +1,14 @@
 """What comes back: an Output for each answer, and the Deltas by which it grows."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
-from llmkernels.engine.grammar import Guide
 from llmkernels.engine.sampling import Chosen, SamplingParams
-from llmkernels.engine.scheduler import Sequence
+from llmkernels.engine.scheduler import Sequence as Request
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings
+from llmkernels.structured.masks import Guide
 
 
 @dataclass(eq=False)
@@ -23,6 +24,7 @@ class Output:
         tokenizer.
     logprobs: ln p of each of `tokens`, if params.logprobs.
     top_logprobs: for each of `tokens`, the params.top_logprobs likeliest ids and their ln p, the likeliest first.
+    score: the sum of ln p of `tokens`, where params need it: for logprobs, or to choose among best_of answers.
     arrived: time.monotonic() when it was asked for.
     guide: where it stands in params.structure.
     finish_reason: None (unfinished), 'stop' (a stop token or string), 'length' (max_tokens or the context), 'abort'.
@@ -36,9 +38,10 @@ class Output:
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Mapping[int, float]] = field(default_factory=list)
+    score: float = 0.0
     arrived: float = field(default_factory=time.monotonic)
     guide: Guide | None = field(default=None, repr=False, kw_only=True)
-    _sequence: Sequence = field(repr=False, kw_only=True)
+    _sequence: Request = field(repr=False, kw_only=True)
     _detokenizer: Detokenizer | None = field(default=None, repr=False, kw_only=True)
     _stops: StopStrings = field(repr=False, kw_only=True)
 
@@ -63,7 +66,9 @@ class Output:
         """Take the next token in, with which the text ends if there is a reason; True where a stop string ends it."""
         self.tokens.append(chosen.token)
         if chosen.logprob is not None:
-            self.logprobs.append(chosen.logprob)
+            self.score += chosen.logprob
+            if self.params.logprobs:
+                self.logprobs.append(chosen.logprob)
         if chosen.top:
             self.top_logprobs.append(chosen.top)
         if self.guide:
@@ -77,13 +82,33 @@ class Output:
 
     def _forced(self) -> list[int]:
         """Tokens that its grammar leaves no choice about; none where the ln p of each is wanted: it takes a step."""
-        asked = self.params.logprobs or self.params.top_logprobs
+        asked = self.params.scored or self.params.top_logprobs
         return self.guide.forced() if self.guide and not asked and not self.finish_reason else []
 
 
-def best(outputs: Iterable[Output], count: int) -> list[Output]:
-    """The answers whose tokens have the highest ln p on average, the best first; they must have logprobs."""
-    return sorted(outputs, key=lambda output: -sum(output.logprobs) / max(1, len(output.logprobs)))[:count]
+class Scored(Protocol):
+    """What `best` needs to know of an answer."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def score(self) -> float: ...
+
+
+AnAnswer = TypeVar("AnAnswer", bound=Scored)
+
+
+def best(outputs: Sequence[AnAnswer]) -> list[AnAnswer]:
+    """Of the finished answers to one prompt the params.n that were asked for; of more, params.best_of, the best first.
+
+    Those are the answers whose tokens have the highest ln p on average.
+    """
+    params = outputs[0].params
+    if len(outputs) == params.n:
+        return [*outputs]
+    return sorted(outputs, key=lambda output: -output.score / max(1, len(output.tokens)))[: params.n]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 
 from llmkernels.engine.cache import KVCache
-from llmkernels.engine.grammar import Masks
 from llmkernels.engine.graphs import DecodeGraphs, table_width
 from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.pooling import deliver
@@ -15,6 +14,7 @@ from llmkernels.engine.scheduler import Chunk, Sequence
 from llmkernels.engine.speculative import Speculator, accept, ahead, branches, path
 from llmkernels.engine.tables import BlockTable
 from llmkernels.settings import current, use
+from llmkernels.structured.masks import Masks
 
 CALIBRATION = 256  # tokens that decide the scales of a quantized cache
 

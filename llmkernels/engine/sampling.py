@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import llmkernels
-from llmkernels.engine.grammar import Guide, Masks
-from llmkernels.engine.structure import Structure
 from llmkernels.settings import current, use
+from llmkernels.structured import Structure
+from llmkernels.structured.masks import Guide, Masks
 
 _MASK = 2**64 - 1
 MOST_ANSWERS = 128  # to one prompt
@@ -24,6 +24,8 @@ class SamplingParams:
     """What a request asks for.  Wrong values raise ValueError.
 
     n: how many answers to give; the prompt is computed once for all of them.
+    best_of: so many answers are sampled, and `generate` returns the n whose tokens have the highest ln p on average;
+        None: n of them.
     max_tokens: how many tokens to generate at most; the context may end it earlier.
     temperature: the logits are divided by it; 0 takes the most likely token (greedy), and ignores the rest.
     top_k: only the k most likely tokens; 0 keeps all.
@@ -47,6 +49,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     max_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
@@ -67,6 +70,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check("n", self.n, int, 1, MOST_ANSWERS)
+        if self.best_of is not None:
+            _check("best_of", self.best_of, int, self.n, MOST_ANSWERS)
         _check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
         _check("temperature", self.temperature, float, 0, 1e6)
         _check("top_k", self.top_k, int, 0, 2**31 - 1)
@@ -97,10 +102,20 @@ class SamplingParams:
             raise ValueError(
                 f"structure is {self.structure!r:.80}; give a Structure, as Structure(json_schema={{...}})"
             )
-        if self.embed and (self.n, self.max_tokens, self.structure) != (1, 1, None):
+        if self.embed and (self.answers, self.max_tokens, self.structure) != (1, 1, None):
             raise ValueError("embed is given with n, max_tokens or a structure; give n=1 and max_tokens=1 alone")
         if self.structure is not None and self.ignore_eos:
             raise ValueError("ignore_eos is given with a structure, which ends the text itself; leave one of them out")
+
+    @property
+    def answers(self) -> int:
+        """How many are sampled."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def scored(self) -> bool:
+        """Is ln p of every token needed, by whoever asked or to choose among the answers?"""
+        return self.logprobs or self.answers > self.n
 
 
 def draw_seed() -> int:
@@ -148,7 +163,7 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer], masks: Masks | None 
     masks: what the answers' grammars allow, begun for these answers.
     """
     params = [answer.params for answer in answers]
-    rows = [r for r, p in enumerate(params) if p.logprobs or p.top_logprobs]
+    rows = [r for r, p in enumerate(params) if p.scored or p.top_logprobs]
     logprobs = logits[rows].float().log_softmax(-1) if rows else None
     scores = adjusted(logits, answers)
     if masks:
@@ -166,7 +181,7 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer], masks: Masks | None 
         for row, value, names, best in zip(rows, own, ids.tolist(), values.tolist(), strict=True):
             count = params[row].top_logprobs
             top = dict(zip(names[:count], best[:count], strict=True))
-            chosen[row] = Chosen(chosen[row].token, value if params[row].logprobs else None, top)
+            chosen[row] = Chosen(chosen[row].token, value if params[row].scored else None, top)
     return chosen
 
 

@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llmkernels.engine.schema import enforceable
-from llmkernels.engine.structure import Structure
 from llmkernels.server.protocol import Tool
+from llmkernels.structured import Structure
+from llmkernels.structured.schema import enforceable
 
 OPEN, CLOSE = "<tool_call>", "}\n</tool_call>"
 HEAD = re.compile(r'<tool_call>\n\{"name": "([\w-]+)", "arguments": ')

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llmkernels.engine import pattern
+from llmkernels.structured import pattern
 
 MOST_NESTED = 32  # values in values
 MOST_MULTIPLES = 1000

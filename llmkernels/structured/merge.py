@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmkernels.engine.schema_leaves import KINDS
+from llmkernels.structured.leaves import KINDS
 
 LOWER = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")  # the larger one holds
 UPPER = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")

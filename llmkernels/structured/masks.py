@@ -1,31 +1,18 @@
-"""Structured answers: which tokens may come next, by XGrammar, https://arxiv.org/abs/2411.15100.
+"""Which tokens may come next: where an answer stands in its grammar, and the masks of a batch, filled on a thread.
 
-A Structure is compiled once (in a process of its own: grammar_process.py) for a tokenizer; each answer walks through
-the compiled grammar with a Guide of its own.  Masks are filled on a thread while the model runs:
-
-    Masks.begin(answers) -> the forward pass -> choose(logits, answers, masks) -> Guide.accept(token) -> Guide.forced()
+Masks.begin(guides) -> the forward pass -> choose(logits, answers, masks) -> Guide.accept(token) -> Guide.forced()
 """
 
-import json
-import subprocess
-import sys
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import tokenizers
 import torch
 
-from llmkernels.engine import grammar_process
-from llmkernels.engine.structure import Structure
-
-MOST_KEPT = 256  # compiled grammars
 MISSING = "structured answers need XGrammar: pip install 'llmkernels[grammar]'"
 
 
@@ -34,7 +21,7 @@ class Guide:
 
     def __init__(self, grammar: Any, stop: frozenset[int], tokenizer: tokenizers.Tokenizer):
         """stop: tokens that may end the text where the grammar is complete."""
-        self.matcher = _xgrammar().GrammarMatcher(grammar, override_stop_tokens=sorted(stop))
+        self.matcher = library().GrammarMatcher(grammar, override_stop_tokens=sorted(stop))
         self._tokenizer = tokenizer
 
     def accept(self, token: int) -> None:
@@ -128,86 +115,6 @@ class Masks:
             logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
 
-class Grammars:
-    """Compiles structures for one tokenizer, and keeps the compiled; any thread may call it.
-
-    Args:
-        vocab: the width of the logits.
-        stop: the checkpoint's end-of-text tokens.
-    """
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, vocab: int, stop: frozenset[int]):
-        self._tokenizer, self._vocab, self._stop = tokenizer, vocab, stop
-        added = tokenizer.get_added_tokens_decoder().items()
-        self._special = frozenset(index for index, token in added if token.special)
-        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
-        self._alive: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()  # longer than kept, if in use
-        self._process: Any = None
-        self._info: Any = None
-        self._busy = threading.Lock()
-
-    def guide(self, grammar: Any, stop: frozenset[int]) -> Guide:
-        """A new answer's way through a compiled grammar.  stop: tokens that end the texts of its request."""
-        return Guide(grammar, self._stop | (stop & self._special), self._tokenizer)
-
-    def compiled(self, structure: Structure) -> Any:
-        """The compiled grammar, maybe after seconds.
-
-        Raises:
-            ValueError: it does not compile, or takes too long.
-        """
-        if not self._stop:
-            raise ValueError("the checkpoint names no end-of-text token, so no structure could end; use another one")
-        with self._busy:
-            found = self._alive.get(structure.key)
-            if found is None:
-                found = self._alive[structure.key] = self._compile(*structure.key)
-            self._kept[structure.key] = found
-            self._kept.move_to_end(structure.key)
-            if len(self._kept) > MOST_KEPT:
-                self._kept.popitem(last=False)
-            return found
-
-    def close(self) -> None:
-        """End the process; the next structure starts another."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _compile(self, kind: str, text: str) -> Any:
-        xgrammar = _xgrammar()
-        if self._info is None:
-            self._info = self._tokenizer_info()
-        process: Any = self._process
-        if process is None or process.poll() is not None:
-            command = [sys.executable, "-c", f"from {grammar_process.__name__} import main; main()"]
-            process = self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            grammar_process.write(process.stdin, self._info.serialize_json())
-        grammar_process.write(process.stdin, [kind, text])
-        answer = grammar_process.read(process.stdout)
-        if answer is None:
-            self.close()
-            raise ValueError("the grammar ended the process that compiled it; give a smaller one")
-        if "error" in answer:
-            raise ValueError(f"the {kind} cannot be enforced: {answer['error']}")
-        return xgrammar.CompiledGrammar.deserialize_json(answer["grammar"], self._info)
-
-    def _tokenizer_info(self) -> Any:
-        """Special tokens are no text: no grammar allows them."""
-        xgrammar = _xgrammar()
-        vocab = [""] * self._vocab
-        for token, index in self._tokenizer.get_vocab().items():
-            if index < self._vocab and index not in self._special:
-                vocab[index] = token
-        decoder = json.loads(self._tokenizer.to_str())["decoder"] or {}
-        steps = {step["type"] for step in (decoder, *decoder.get("decoders", ())) if step}
-        types = xgrammar.VocabType
-        plain = types.BYTE_FALLBACK if "ByteFallback" in steps else types.RAW
-        kind = types.BYTE_LEVEL if "ByteLevel" in steps else plain
-        return xgrammar.TokenizerInfo(vocab, kind, vocab_size=self._vocab, stop_token_ids=sorted(self._stop))
-
-
 def _fill(work: list[tuple[Guide, Sequence[int]]], bits: torch.Tensor) -> None:
     row = 0
     for guide, draft in work:
@@ -216,7 +123,7 @@ def _fill(work: list[tuple[Guide, Sequence[int]]], bits: torch.Tensor) -> None:
 
 
 @cache
-def _xgrammar() -> Any:
+def library() -> Any:
     try:
         import xgrammar
     except ImportError:
@@ -226,7 +133,7 @@ def _xgrammar() -> Any:
 
 @cache
 def _filler() -> Any:
-    return _xgrammar().BatchGrammarMatcher(max_threads=1)
+    return library().BatchGrammarMatcher(max_threads=1)
 
 
 @cache

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmkernels.engine import schema
+from llmkernels.structured import schema
 
 MOST_CHARACTERS = 1 << 16  # of a schema or grammar; compiling some takes the square of that
 MOST_CHOICES = 1024
@@ -20,7 +20,7 @@ class Structure:
 
     json_schema: a schema of JSON Schema 2020-12, as a mapping or as text; the answer is JSON that it holds for, without
         needless spaces (", " and ": " between items), properties in the schema's order and none beside them where it
-        has `properties`.  {} is any JSON.  engine/schema.py tells which keywords there are.
+        has `properties`.  {} is any JSON.  structured/schema.py tells which keywords there are.
     regex: a regular expression that the whole answer matches: classes, groups, repeats, no look-around.
     ebnf: a grammar in the notation of GBNF, https://github.com/ggml-org/llama.cpp/tree/master/grammars; it begins at
         the rule `root`.

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from llmkernels.engine.schema_leaves import KINDS, leaf, listed, one_of_values, refused, translated
-from llmkernels.engine.schema_merge import disjoint, merged
+from llmkernels.structured.leaves import KINDS, leaf, listed, one_of_values, refused, translated
+from llmkernels.structured.merge import disjoint, merged
 
 MOST_NESTED = 32  # compiling takes the cube of the depth
 APPLIED = {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf", *(w for words in KINDS.values() for w in words)}
