@@ -56,6 +56,7 @@ def run(
         "paged_attention", q.device, heuristic, dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim,
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
     )  # fmt: skip
+    tiles = tiles | {"EDGE": min(tiles["EDGE"], tiles["BLOCK_N"])}
     in_tile = min(group, tiles["BLOCK_M"])
     per_tile = tiles["BLOCK_M"] // in_tile  # tokens
     one_tile = queries <= per_tile
