@@ -188,6 +188,7 @@ CASES = [
     _case("window, soft cap, sinks", MIXED, window=(12, 0), soft_cap=5.0, sinks=True, return_lse=True),
     _case("tree", {"new": (6, 1, 9), "lengths": (25, 11, 9)}, tree=True, return_lse=True),
     _case("wide tree", {"new": (40,), "lengths": (90,)}, tree=True),
+    _case("tree, dim 128", {"new": (9, 1), "lengths": (140, 7)}, tree=True, dim=128),
     _case("int8 cache", MIXED, C="int8", scales="tensor"),
     _case("int8 cache, scale per head", MIXED, C="int8", scales="head", return_lse=True),
     _case("e4m3 cache", MIXED, C="float8_e4m3fn", scales="tensor"),
