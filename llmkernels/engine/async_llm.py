@@ -17,7 +17,8 @@ from contextlib import suppress
 from typing import Any
 
 from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
-from llmkernels.engine.llm import LLM, Prompt
+from llmkernels.engine.intake import Prompt
+from llmkernels.engine.llm import LLM
 from llmkernels.engine.output import Delta, Feed, Output, best
 from llmkernels.engine.sampling import SamplingParams
 

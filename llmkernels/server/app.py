@@ -16,7 +16,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from llmkernels.engine.async_llm import AsyncLLM, EngineStopped
-from llmkernels.engine.llm import LLM, Prompt
+from llmkernels.engine.intake import Prompt
+from llmkernels.engine.llm import LLM
 from llmkernels.engine.output import Delta, Output, best
 from llmkernels.engine.sampling import SamplingParams
 from llmkernels.server.adapters import add_adapters
