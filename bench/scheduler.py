@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from llmkernels import roofline, status
+from llmkernels.engine.layout import Layout
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
-from llmkernels.engine.runner import arrays
-from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.scheduler import Scheduler
+from llmkernels.engine.sequence import Sequence
 from llmkernels.engine.tables import BlockTable
 
 PAGE = 16
@@ -45,7 +46,7 @@ def measure(sequences: int, prompt: int) -> dict[str, float]:
         chunks = scheduler.schedule()
         planned = time.perf_counter()
         table.update(chunks)
-        arrays(chunks, table.array, PAGE, torch.device("cpu"))
+        Layout.of(chunks, PAGE).batch(table.array, PAGE, torch.device("cpu"))
         ready = time.perf_counter()
         scheduler.advance(chunks, [0] * sum(chunk.samples for chunk in chunks))
         end = time.perf_counter()

@@ -1,23 +1,25 @@
-"""What structured answers cost a token, and how many of 200 schemas they keep: python bench/structured.py
+"""What structured answers cost a token, and how many of 200 schemas they keep: python bench/structured.py [--json FILE]
 
-The same requests with and without a structure, on the shipped checkpoint, and the parts alone: filling a mask, applying
-it to the logits, compiling.  Every answer that ended is checked with jsonschema.  Writes
-bench/results/<device>-structured.json.
+The same requests with and without a structure, on the shipped checkpoint; each of the schemas, beside as many free
+tokens; and the parts alone: filling a mask, applying it to the logits, compiling.  Every answer that ended is checked
+with jsonschema.  Without --json it writes bench/results/<device>-structured.json.
 """
 
+import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import jsonschema
 import torch
 
 import llmkernels
-from llmkernels.engine import LLM, SamplingParams, Structure
-from llmkernels.roofline import device_name
+from llmkernels import roofline, status
+from llmkernels.bench import results
+from llmkernels.engine import LLM, Output, SamplingParams, Structure
 from llmkernels.structured.masks import Masks
 
 ROOT = Path(__file__).parent.parent
@@ -29,14 +31,20 @@ FREE = Structure(regex="(.|\\n)*")  # allows all text: the price without a short
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    options = parser.parse_args()
     torch.set_num_threads(2)
+    device = roofline.device_name("cpu")
     with llmkernels.use(policy="silent"):
-        llm = LLM(prefix_reuse=False)
-        record = {"device": device_name("cpu"), "torch": torch.__version__, "python": platform.python_version()}
+        llm = LLM(device="cpu", prefix_reuse=False)
+        record = {"device": device, "command": "python bench/structured.py", "versions": status.versions()}
         record |= {"tokens": [overhead(llm, batch) for batch in BATCHES], "parts": parts(llm), "schemas": kept(llm)}
     print(json.dumps(record, indent=1))
-    slug = record["device"].lower().replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
-    (ROOT / "bench" / "results" / f"{slug}-structured.json").write_text(json.dumps(record, indent=1) + "\n")
+    if options.json is None and (place := results.place(device)):
+        options.json = place.with_name(f"{place.stem}-structured.json")
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def overhead(llm: LLM, batch: int) -> dict:
@@ -55,7 +63,7 @@ def overhead(llm: LLM, batch: int) -> dict:
 
 def parts(llm: LLM) -> dict:
     """Microseconds of each part alone, on the realistic schemas."""
-    grammars = llm._grammars
+    grammars = llm._intake.grammars
     compiling, filling, forbidding = [], [], []
     for schema, _ in REALISTIC:
         structure = Structure(json_schema=schema)
@@ -63,44 +71,65 @@ def parts(llm: LLM) -> dict:
         grammar = grammars.compiled(structure)
         compiling.append((time.perf_counter() - start) * 1e6)
         guide, logits = grammars.guide(grammar, frozenset()), torch.zeros(1, llm.config.vocab)
-        start = time.perf_counter()
-        masks = Masks.begin([guide], llm.config.vocab)
-        masks._filled.result()
-        filling.append((time.perf_counter() - start) * 1e6)
-        start = time.perf_counter()
-        masks.forbid(logits)
-        forbidding.append((time.perf_counter() - start) * 1e6)
-    large, bits = torch.randn(32, 131072), torch.randint(-(2**31), 2**31, (32, 4096)).to(torch.int32)
-    wide = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            masks = Masks.begin([guide], llm.config.vocab)
+            masks._wait()
+            filling.append((time.perf_counter() - start) * 1e6)
+            start = time.perf_counter()
+            masks.forbid(logits)
+            forbidding.append((time.perf_counter() - start) * 1e6)
+    wide = Masks([], [*range(32)], 131072)  # as many bits as a large vocabulary has, of no grammar
+    wide._wait()
+    every = torch.randint(-(2**31), 2**31, (9, 4096)).to(torch.int32).numpy()
+    wide._work = [(SimpleNamespace(characters=SimpleNamespace(masks=every)), ())] * 32
+    wide._bits = torch.randint(-(2**31), 2**31, wide._bits.shape).to(torch.int32)
+    wide._states = [0] * 32
+    large, times = torch.randn(32, 131072), []
     for _ in range(9):
-        masks = Masks([*range(32)], bits, Masks.begin([guide], llm.config.vocab)._filled)
         start = time.perf_counter()
-        masks.forbid(large)
-        wide.append((time.perf_counter() - start) * 1e6)
+        wide.forbid(large)
+        times.append((time.perf_counter() - start) * 1e6)
     return {
         "compile_us": median(compiling),
         "fill_and_join_us": median(filling),
         "forbid_4096_us": median(forbidding),
-        "forbid_32x131072_us": median(wide),
+        "forbid_32x131072_us": median(times),
     }
 
 
 def kept(llm: LLM) -> dict:
-    """How many schemas are refused with the name of the keyword, and what became of the others' answers."""
+    """How many schemas are refused with the name of the keyword, what became of the others' answers, and what a token
+    of those cost beside one of a free answer of the same length, compiling left out."""
     count = {"schemas": len(SCHEMAS), "refused_by_name": 0, "valid": 0, "cut_at_200_tokens": 0, "invalid": 0}
+    tokens, seconds = 0, {"bound": 0.0, "free": 0.0}
     for schema, word in SCHEMAS:
         try:
             structure = Structure(json_schema=json.dumps(schema))
         except ValueError as error:
             count["refused_by_name" if word and word in str(error) else "invalid"] += 1
             continue
-        output = llm.generate("{", SamplingParams(max_tokens=200, temperature=1.0, seed=1, structure=structure))[0]
+        wish = SamplingParams(max_tokens=200, temperature=1.0, seed=1, structure=structure)
+        grammar = llm.prepare(wish)
+        output, seconds["bound"] = timed(llm, wish, seconds["bound"])
+        del grammar
+        tokens += len(output.tokens)
+        free = SamplingParams(max_tokens=len(output.tokens), temperature=1.0, seed=1, ignore_eos=True)
+        _, seconds["free"] = timed(llm, free, seconds["free"])
         if output.finish_reason != "stop":
             count["cut_at_200_tokens"] += 1
             continue
         right = word is None and jsonschema.Draft202012Validator(schema).is_valid(json.loads(output.text))
         count["valid" if right else "invalid"] += 1
-    return count
+    each = {f"{name}_us_a_token": round(total / tokens * 1e6, 1) for name, total in seconds.items()}
+    return count | {"tokens": tokens, **each}
+
+
+def timed(llm: LLM, wish: SamplingParams, before: float) -> tuple[Output, float]:
+    """The answer, and the seconds so far with those that it took."""
+    start = time.perf_counter()
+    (output,) = llm.generate("{", wish)
+    return output, before + time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from llmkernels.engine import LLM, SamplingParams, shipped_model
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.runner import Runner
-from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.scheduler import Scheduler
+from llmkernels.engine.sequence import Sequence
 from llmkernels.engine.weights import Checkpoint, load
 
 transformers = pytest.importorskip("transformers")

@@ -30,7 +30,7 @@ def test_the_beams_are_those_of_transformers(
     llm, theirs, prompt, width, length_penalty, early_stopping, eos, monkeypatch
 ):
     """eos: a frequent token (a comma, a newline) taken for the end of text, so that beams end early as well."""
-    monkeypatch.setattr(llm, "_eos", frozenset({eos}))
+    monkeypatch.setattr(llm._intake, "stop", frozenset({eos}))
     params = BeamParams(width, 20, length_penalty, early_stopping)
     found = llm.beam_search(prompt, params)
     ids = torch.tensor([llm.encode(prompt)])

@@ -2,16 +2,21 @@
 
 import json
 import re
+import threading
 import time
 
 import jsonschema
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from schemas import SCHEMAS
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams, Structure
-from llmkernels.structured.masks import Masks
+from llmkernels.structured import masks
+from llmkernels.structured.masks import Guide, Masks
+from llmkernels.structured.utf8 import START, after
 
 PROMPT = "The read() system call"
 PERSON = {
@@ -66,7 +71,7 @@ def test_structured_and_free_rows_share_a_batch(llm):
 
 
 def test_the_masks_along_a_draft_are_those_that_each_of_its_tokens_leads_to(llm):
-    guide = llm._grammars.guide(llm._grammars.compiled(PERSONS), frozenset())
+    guide = llm._intake.grammars.guide(llm._intake.grammars.compiled(PERSONS), frozenset())
     vocab, draft = llm.config.vocab, llm.tokenizer.encode('{"name": "a', add_special_tokens=False).ids
     assert guide.allowed([*draft, draft[0], 0]) == len(draft) + 1  # "a{" is a name as well; no special token is
     free = torch.zeros(4 + len(draft), vocab)
@@ -156,6 +161,79 @@ def test_a_structure_ends_only_where_it_is_complete_or_the_tokens_are_used_up(ll
 def test_a_special_token_is_never_text(llm):
     for output in answers(llm, structure=Structure(regex="(.|\\n){5,30}"), temperature=5, n=8):
         assert not {0, 2, 3, 4} & {*output.tokens}
+
+
+@given(st.one_of(st.binary(max_size=6), st.text(max_size=3).map(str.encode)), st.integers(0, 6))
+def test_utf8_is_what_python_reads(text, cut):
+    """Byte by byte and at once; between characters exactly where it decodes, dead exactly where nothing can mend it."""
+    try:
+        text.decode()
+        whole = True
+    except UnicodeDecodeError as error:
+        whole = False
+        mendable = error.reason == "unexpected end of data"
+    state = after(START, text)
+    assert state == after(after(START, text[:cut]), text[cut:]) if after(START, text[:cut]) >= 0 else state < 0
+    assert (state == START) == whole
+    assert whole or (state > START) == mendable
+
+
+SURROGATE = Structure(ebnf='root ::= "a" [\\uD800-\\uDFFF] "b"')
+
+
+def test_bytes_that_are_no_text_are_never_written(llm):
+    """XGrammar's ranges of bytes let surrogates and other sequences through that no decoder takes."""
+    guide = llm._intake.grammars.guide(llm._intake.grammars.compiled(Structure(regex="[^a]{4,8}")), frozenset())
+    known = {
+        text: token
+        for token, text in reversed([*enumerate(llm._intake.grammars._info.decoded_vocab)])
+        if len(text) == 1
+    }
+    for wrong in (b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe0\x80\x80", b"\xc0\x80", b"\xe2\x28\xa1"):
+        assert guide.allowed([known[bytes([byte])] for byte in wrong]) < len(wrong), wrong
+    right = "\ud7ff\ue000\U0010ffff".encode()
+    assert guide.allowed([known[bytes([byte])] for byte in right]) == len(right)
+    for output in answers(llm, structure=Structure(regex="[^a]{4,8}"), temperature=9, n=16):
+        assert "\ufffd" not in output.text
+        assert output.finish_reason == "stop"
+
+
+def test_a_grammar_that_lets_nothing_follow_ends_its_answer_alone(llm):
+    outputs = llm.add(PROMPT, SamplingParams(max_tokens=20, structure=SURROGATE))
+    beside = llm.add(PROMPT, SamplingParams(max_tokens=20, structure=PERSONS, temperature=0.9, seed=1))
+    while llm.step():
+        pass
+    assert (outputs[0].finish_reason, outputs[0].text) == ("error", "a")
+    assert "no token may follow" in outputs[0].error
+    assert beside[0].finish_reason in ("stop", "length")
+    llm.check()
+
+
+def test_a_grammar_that_takes_too_long_holds_nobody_up(llm, monkeypatch):
+    """Its native call cannot be interrupted: the thread is left to it, and the others are served by another one."""
+    fill, stuck = Guide.fill, threading.Event()
+    slow, beside, later = (llm.add(PROMPT, SamplingParams(max_tokens=12, structure=PERSONS))[0] for _ in range(3))
+    monkeypatch.setattr(
+        Guide, "fill", lambda guide, *rest: (guide is slow.guide and stuck.wait(60)) or fill(guide, *rest)
+    )
+    began = time.monotonic()
+    while llm.step():
+        pass
+    assert time.monotonic() - began < 30
+    stuck.set()
+    assert (slow.finish_reason, slow.error) == (
+        "error",
+        "after 0 tokens of the answer its grammar takes too long to say what may follow",
+    )
+    assert beside.text == later.text == answers(llm, max_tokens=12, structure=PERSONS, temperature=0)[0].text
+
+
+def test_time_adds_up(llm, monkeypatch):
+    """Many masks that are each a little slow end an answer as well as a single one."""
+    monkeypatch.setattr(masks, "SECONDS_A_TOKEN", -1.0)
+    output = answers(llm, structure=PERSONS)[0]
+    assert output.finish_reason == "error"
+    assert len(output.tokens) < 9  # the first one, and what the schema forces behind it
 
 
 @pytest.mark.parametrize("index", range(len(SCHEMAS)), ids=lambda index: json.dumps(SCHEMAS[index][0])[:40])

@@ -1,15 +1,15 @@
 """Recorded decode steps: the same bits as plain ones, counted, and never where something else was asked for."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import llmkernels
 from llmkernels import discovery, ledger
 from llmkernels.engine import LLM, SamplingParams
-from llmkernels.engine.graphs import LEAST_PAGES, DecodeGraphs, rounded, table_width
-from llmkernels.engine.model import Model
+from llmkernels.engine.forward import Forward
+from llmkernels.engine.graphs import MOST_EACH, MOST_TOKENS, DecodeGraphs, rounded
+from llmkernels.engine.layout import LEAST_PAGES, Layout, table_width
+from llmkernels.engine.model import Delta, Model
 
 PROMPTS = [[10 + 7 * i % 4000 for i in range(n)] for n in (16, 13, 3, 30, 1)]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=True)
@@ -40,20 +40,20 @@ def llm():
 @pytest.mark.parametrize("kind", KINDS)
 def test_replayed_steps_give_the_bits_of_plain_ones(kind):
     recorded, plain = engine(**KINDS[kind]), engine(False, **KINDS[kind])
-    for held in (recorded._runner.cache, plain._runner.cache):
+    for held in (recorded._runner.target.cache, plain._runner.target.cache):
         for pages in (held.k, held.v):
             pages.view(torch.uint8).fill_(0xFF)  # NaN where the dtype has one: rows that fill up must not read them
     lengths = [SamplingParams(max_tokens=n, ignore_eos=True, logprobs=True) for n in (40, 9, 25, 17, 40)]
     assert texts(recorded, lengths) == texts(plain, lengths)  # batches of 5 to 2, tables that widen
     stats = recorded.stats()
     assert stats["decode_replayed_steps"] > stats["decode_plain_steps"]
-    assert not recorded._runner.graphs.refused
+    assert not recorded._runner.target.graphs.refused
 
 
 def test_rows_that_fill_a_step_up_write_nothing(llm):
     """17 sequences run in a step for 18: pages that nobody uses keep their bytes."""
     many = engine(max_sequences=20)
-    cache = many._runner.cache
+    cache = many._runner.target.cache
     for _ in range(2):
         cache.k.fill_(7.0)
         many.generate([[5, 6]] * 17, SamplingParams(max_tokens=9, ignore_eos=True))
@@ -78,7 +78,7 @@ def test_other_settings_are_asked_anew(llm):
     with llmkernels.use("reference"):
         texts(llm, SamplingParams(max_tokens=4, ignore_eos=True))
     assert {backend for row in ledger.read().values() for backend in row} == {"reference"}
-    assert llm._runner.graphs.refused["answered by reference, which keep no calls together"] > 0
+    assert llm._runner.target.graphs.refused["answered by reference, which keep no calls together"] > 0
 
 
 def test_a_caller_who_wants_calls_checked_or_noted_gets_plain_steps(llm, tmp_path):
@@ -97,22 +97,54 @@ def test_what_torch_computes_in_between_keeps_a_step_plain(monkeypatch):
     doubled, plain = engine(), engine(False)
     assert texts(doubled) == texts(plain)
     assert doubled.stats()["decode_replayed_steps"] == 0
-    assert doubled._runner.graphs.refused["torch computes between the kernels: aten.mul.Tensor"] > 0
+    assert doubled._runner.target.graphs.refused["torch computes between the kernels: aten.mul.Tensor"] > 0
 
 
 def test_steps_are_forgotten_with_the_choices_they_rest_on(llm):
     texts(llm)
-    assert llm._runner.graphs._steps
+    assert llm._runner.target.graphs._steps
     discovery.forget_all()
-    assert not llm._runner.graphs._steps
+    assert not llm._runner.target.graphs._steps
     texts(llm)
 
 
-def test_prefill_guesses_and_mixed_steps_are_no_decode(llm):
-    plain = {"count": 1, "samples": True, "guesses": ()}
-    for change in ({"count": 2}, {"samples": False}, {"guesses": (5,)}):
-        chunks = [SimpleNamespace(**plain), SimpleNamespace(**plain | change)]
-        assert llm._runner.graphs.logits(chunks) is None
+@pytest.mark.parametrize("counts", [(MOST_TOKENS + 1,), (1, MOST_EACH + 1), (17,) * 8])
+def test_steps_of_many_tokens_run_as_any_other(llm, counts):
+    assert llm._runner.target.graphs.logits(layout(counts)) is None
+
+
+def layout(counts):
+    """Sequences with so many tokens each, in a page of their own."""
+    found = Layout(most=max(counts))
+    for number, count in enumerate(counts):
+        found.tokens += [10 + number + 7 * i for i in range(count)]
+        found.positions += range(count)
+        found.slots += range(4 * number, 4 * number + count)
+        found.starts.append(len(found.tokens))
+        found.lengths.append(count)
+    found.rows = [*range(len(found.tokens))][::-1]
+    return found
+
+
+@pytest.mark.parametrize("counts", [(3,), (4, 1, 3), (1, 2) * 8])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_steps_of_several_tokens_are_replayed(counts, adapted):
+    """As when guesses are verified: sequences with different numbers of tokens, the last row asked for first."""
+    target, found = engine(max_sequences=16, dtype="float32")._runner.target, layout(counts)
+    plain = Forward(target.model, target.cache, target.table, graphs=False)
+    target.table.array[: len(counts), 0] = torch.arange(len(counts))
+    if adapted:
+        found.adapters = [i % 3 - 1 for i in range(len(found.tokens))]
+        for layer in target.model.layers:
+            rows, generator = layer.qkv.weight.shape[0], torch.Generator().manual_seed(1)
+            a, b = (
+                torch.randn(2, *size, generator=generator) / 9 for size in ((4, target.model.config.hidden), (64, 4))
+            )
+            layer.qkv.deltas["v"] = Delta(rows - 64, rows, a, b, torch.ones(2))
+    want = plain.logits(found)
+    for _ in range(4):
+        torch.testing.assert_close(target.logits(found), want, rtol=1e-4, atol=1e-4)
+    assert target.graphs.replayed == 2
 
 
 def test_few_sizes_occur():
@@ -162,9 +194,9 @@ def test_on_a_gpu_a_cuda_graph_gives_the_bits_of_plain_steps(backend):
             for graphs in (True, False)
         )
         assert texts(recorded) == texts(plain)
-    assert recorded.stats()["decode_replayed_steps"] > 0, recorded._runner.graphs.refused
+    assert recorded.stats()["decode_replayed_steps"] > 0, recorded._runner.target.graphs.refused
 
 
 def test_graphs_can_be_left_out():
-    assert isinstance(engine()._runner.graphs, DecodeGraphs)
-    assert engine(False)._runner.graphs is None
+    assert isinstance(engine()._runner.target.graphs, DecodeGraphs)
+    assert engine(False)._runner.target.graphs is None

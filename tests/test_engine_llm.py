@@ -148,7 +148,7 @@ def test_stop_tokens_and_limits(llm):
 
 def test_eos_ends_a_text_unless_ignored(llm, monkeypatch):
     free = llm.generate(PROMPTS[0], sampled())[0]
-    monkeypatch.setattr(llm, "_eos", frozenset([free.tokens[5]]))
+    monkeypatch.setattr(llm._intake, "stop", frozenset([free.tokens[5]]))
     assert llm.generate(PROMPTS[0], sampled(ignore_eos=False))[0].finish_reason == "stop"
     assert llm.generate(PROMPTS[0], sampled())[0].tokens == free.tokens
 
@@ -166,7 +166,7 @@ def test_logprobs_are_of_the_models_own_distribution(llm):
 
 def test_defaults_come_from_the_checkpoint(llm):
     assert llm.default_params == SamplingParams(temperature=0.7, top_p=0.95)
-    assert llm._eos == {1}
+    assert llm._intake.stop == {1}
 
 
 def copy(path, without=()):

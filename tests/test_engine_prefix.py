@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from llmkernels.engine.audit import problems
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
-from llmkernels.engine.scheduler import PATIENCE, Scheduler, Sequence
+from llmkernels.engine.scheduler import PATIENCE, Scheduler
+from llmkernels.engine.sequence import Sequence
 
 
 class Memory:

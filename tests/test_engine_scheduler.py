@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
-from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.scheduler import Scheduler
+from llmkernels.engine.sequence import Sequence
 
 END = 7  # the token that ends a text
 

@@ -9,8 +9,8 @@ import torch
 import llmkernels
 from llmkernels.engine import LLM, CheckpointError, SamplingParams, Speculation, Structure, shipped_model
 from llmkernels.engine.sampling import Chosen
-from llmkernels.engine.scheduler import Chunk, Sequence
-from llmkernels.engine.speculative import NGrams, accept, branches, guess, path
+from llmkernels.engine.sequence import Chunk, Sequence
+from llmkernels.engine.speculative import NGrams, accept
 
 transformers = pytest.importorskip("transformers")
 
@@ -200,12 +200,12 @@ def test_the_distribution_is_that_of_plain_sampling(way, plain, made):
 
 def test_a_tree_is_walked_along_what_was_sampled():
     chunk = Chunk(Sequence([1, 2, 3], 3, 99), 2, 1, True, room=6)
-    nodes = [guess(chunk, -1, 7), guess(chunk, -1, 8), guess(chunk, 1, 9), guess(chunk, 0, 9), guess(chunk, 2, 5)]
+    nodes = [chunk.guess(*way) for way in ((-1, 7), (-1, 8), (1, 9), (0, 9), (2, 5))]
     assert nodes == [0, 1, 2, 3, 4]
-    assert guess(chunk, 1, 9) == 2
-    assert (guess(chunk, 4, 1), guess(chunk, 5, 1)) == (5, None)
-    assert path(chunk, 4) == [1, 2, 4]
-    assert branches(chunk)
+    assert chunk.guess(1, 9) == 2
+    assert (chunk.guess(4, 1), chunk.guess(5, 1)) == (5, None)
+    assert chunk.path(4) == [1, 2, 4]
+    assert chunk.branches()
     taken, accepted = accept(chunk, [Chosen(token) for token in (8, 0, 9, 6, 0, 0, 0)])
     assert ([chosen.token for chosen in taken], accepted, chunk.accepted) == ([8, 9, 6], [1, 2], [8, 9])
 

@@ -9,10 +9,11 @@ import torch
 
 import llmkernels
 from llmkernels.engine import LLM, BeamParams, SamplingParams
+from llmkernels.engine.layout import Layout
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
-from llmkernels.engine.runner import arrays
-from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.scheduler import Scheduler
+from llmkernels.engine.sequence import Sequence
 from llmkernels.engine.tables import BlockTable
 
 
@@ -30,7 +31,7 @@ def decoding(sequences, prompt, page_size=4):
 def step(scheduler, table, token=0):
     chunks = scheduler.schedule()
     table.update(chunks)
-    batch = arrays(chunks, table.array, scheduler.page_size, torch.device("cpu"))
+    batch = Layout.of(chunks, scheduler.page_size).batch(table.array, scheduler.page_size, torch.device("cpu"))
     scheduler.advance(chunks, [token] * sum(chunk.samples for chunk in chunks))
     return chunks, batch
 

@@ -14,7 +14,7 @@ import llmkernels
 from llmkernels import ledger
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.runner import Runner
-from llmkernels.engine.scheduler import Chunk, Sequence
+from llmkernels.engine.sequence import Chunk, Sequence
 from llmkernels.engine.weights import Checkpoint, CheckpointError, load
 from llmkernels.integrations import transformers as adapter
 from llmkernels.quant import SCHEMES, formats, quantize, scheme

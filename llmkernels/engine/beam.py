@@ -133,10 +133,6 @@ class BeamSearch:
         self._search = search(params, sequence.limit - self._length, stop)
         next(self._search)
 
-    @property
-    def prompt_tokens(self) -> list[int]:
-        return self._outputs[0].prompt_tokens
-
     def advance(self) -> bool:
         """After a step: part the beams anew where all of them have had theirs.  False once it has ended."""
         if self.beams is None and all(output.top_logprobs for output in self._outputs):

@@ -1,23 +1,26 @@
-"""Decode steps that are recorded once and replayed, with no Python between their kernels.
+"""Steps of few tokens that are recorded once and replayed, with no Python between their kernels.
 
-A decode step, one token for each sequence, makes the same calls every time; only the values in its arrays differ.  So
-its arrays are static here, and a step is known by how many sequences it has and how wide its block table is, both
-rounded up.  The first step of a kind runs as any other: kernels are checked, compiled, and pack their weights.  The
-second one is recorded, later ones are replayed.
+A step of few tokens a sequence, decoding or verifying guesses, makes the same calls every time; only the values in its
+arrays differ.  So its arrays are static here, and a step is known by how many sequences it has, how many tokens for
+each, and how wide its block table is, all rounded up.  The first step of a kind runs as any other: kernels are checked,
+compiled, and pack their weights.  The second one is recorded, later ones are replayed.
 
     on a CPU    a backend that offers recording() keeps the calls of its native kernels; the arrays that are made
                 meanwhile are ours, and the same ones for every kind of step.  Whatever else torch computes in between
                 would be missing, so such a step is not kept.
     on a GPU    a CUDA graph, where every implementation that answered declares the trait graph_safe.
 
-Rows that fill a step up have no keys and no slot: they read nothing but token 0, and write nothing.  Each replay is
-counted in the ledger as the calls it stands for.  What answers a step is asked for anew under other settings (`use`),
-and where a caller wants calls checked or noted, the step runs as any other.
+Rows that fill a step up have no keys and no slot: they read nothing but token 0, and write nothing.
+
+    one token each     sequence 0 | sequence 1 | ... | of no sequence, a token each
+    several            sequence 0: its tokens | sequence 1: fewer | ... | one that has no keys and the tokens left over
+
+Each replay is counted in the ledger as the calls it stands for.  What answers a step is asked for anew under other
+settings (`use`), and where a caller wants calls checked or noted, the step runs as any other.
 """
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from collections.abc import Sequence as Row
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,18 +31,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkernels import discovery, ledger
 from llmkernels.engine.cache import KVCache
+from llmkernels.engine.layout import Layout, round_up, table_width
 from llmkernels.engine.model import Batch, Model
-from llmkernels.engine.scheduler import Chunk
 from llmkernels.engine.tables import BlockTable
 from llmkernels.settings import current
 
 MOST_STEPS = 64  # recorded at once: the one used longest ago is dropped for another
-LEAST_PAGES = 8  # of a block table: short sequences share one kind of step
+MOST_TOKENS = 128  # of a step with several for a sequence: all of them get logits
+MOST_EACH = 32  # tokens of a sequence: what lies behind a cached prefix is often as short
+MOST_EXACT = 6  # tokens for each sequence on average that are not rounded up to the next 8
 
 
 @dataclass
 class Step:
-    """A kind of decode step.  replay is None until it is recorded; `refused` says why it never is.
+    """A kind of step.  replay is None until it is recorded; `refused` says why it never is.
 
     x: [count hidden], where a replay finds the tokens' embeddings.  logits: [count vocab], where it leaves them.
     """
@@ -53,60 +58,63 @@ class Step:
 
 
 class DecodeGraphs:
-    """The recorded steps of a model and its cache.
+    """The recorded steps of a model and its cache, over a block table that stays where it is.
 
-    replayed, plain: decode steps that were replayed, and that were not.  refused: reason -> plain steps because of it.
+    replayed, plain: steps of few tokens that were replayed, and that were not.  refused: reason -> plain steps because
+    of it.
     """
 
-    def __init__(self, model: Model, cache: KVCache, max_sequences: int, max_length: int):
+    def __init__(self, model: Model, cache: KVCache, table: BlockTable):
+        assert table.static
         self.model, self.cache = model, cache
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
-        pages = table_width(-(-max_length // cache.page_size))
-        count, pinned = rounded(2 * max_sequences), model.device.type == "cuda"  # beams come on top, as many at most
-        self.table = BlockTable(count, pages, static=True, pinned=pinned)
-        self._inputs = Inputs(self.table, count, cache.page_size, model)
+        self._inputs = Inputs(table, cache.page_size, model)
         self._steps: dict[Hashable, Step] = {}
         self._memory: Any = [] if model.device.type == "cpu" else torch.cuda.graph_pool_handle()
         _ALIVE.add(self)
 
-    def logits(self, chunks: Row[Chunk]) -> torch.Tensor | None:
-        """[samples vocab], as Model.forward gives them; None where the step is no decode, or runs as any other."""
-        if not all(chunk.count == 1 and chunk.samples and not chunk.guesses for chunk in chunks):
+    def logits(self, layout: Layout) -> torch.Tensor | None:
+        """[samples vocab], as Model.forward gives them; None where there are many tokens, or it runs as any other.
+
+        They are overwritten by the next step.
+        """
+        tokens, sequences = len(layout.tokens), len(layout.lengths)
+        count, each = rounded(sequences), -(-tokens // sequences)
+        each = each if each <= MOST_EXACT else -(-each // 8) * 8
+        if layout.most > MOST_EACH or (layout.most > 1 and count * each > MOST_TOKENS):
             return None
         self.plain += 1
-        if any(chunk.sequence.adapter >= 0 for chunk in chunks):
-            self.refused["some of its sequences have an adapter"] += 1
-            return None
         settings = current()
         if settings.checked or settings.recorder:
             self.refused["calls are to be checked or noted"] += 1
             return None
-        count = rounded(len(chunks))
-        width = table_width(max(len(chunk.sequence.pages) for chunk in chunks))
-        key = settings, torch.get_num_threads(), count, width
+        several = round_up(max(layout.most, count * each - tokens)) if layout.most > 1 else 0
+        form = count, each, several, table_width(layout.pages), bool(layout.sees), bool(layout.adapters)
+        key = settings, torch.get_num_threads(), form, self.model.adapted if layout.adapters else -1
         step = self._steps.pop(key, None)
         if step is None:
             if len(self._steps) >= MOST_STEPS:
                 del self._steps[next(iter(self._steps))]
-            step = self._inputs.step(count, width)
+            step = self._inputs.step(*form)
         self._steps[key] = step  # behind all others
         if step.refused:
             self.refused[step.refused] += 1
             return None
-        self.table.update(chunks)
-        self._inputs.set(chunks)
-        order = [chunk.sequence.row for chunk in chunks]
+        self._inputs.set(layout, len(step.x), len(step.batch.seq_lens))
         torch.index_select(self.model.embedding, 0, step.batch.tokens, out=step.x)
         if step.replay is None:
-            return self._first(step)[order]
-        step.replay()
-        for tally, calls in step.tallies:
-            tally.calls += calls
-        self.replayed += 1
-        self.plain -= 1
-        assert step.logits is not None
-        return step.logits[order]
+            logits = self._first(step)
+        else:
+            step.replay()
+            for tally, calls in step.tallies:
+                tally.calls += calls
+            self.replayed += 1
+            self.plain -= 1
+            assert step.logits is not None
+            logits = step.logits
+        every = layout.rows == [*range(len(logits))]
+        return logits if every else logits[torch.tensor(layout.rows, dtype=torch.int64, device=logits.device)]
 
     def clear(self) -> None:
         """Forget every step."""
@@ -129,55 +137,61 @@ class DecodeGraphs:
 
 
 class Inputs:
-    """The static arrays of decode steps: as a step of any size sees them, and as Python fills them."""
+    """The static arrays of steps: as a step of any kind sees them, and as Python fills them."""
 
-    def __init__(self, table: BlockTable, count: int, page_size: int, model: Model):
+    def __init__(self, table: BlockTable, page_size: int, model: Model):
         self.page_size = page_size
         place = model.device
         pin = place.type == "cuda"
+        sequences = len(table.array)
+        count = max(sequences, MOST_TOKENS)
         self._long = torch.zeros(3, count, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
-        self._lengths = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
-        self._staged = [self._long, self._lengths, table.array]
-        self._long[2] = -1
+        self._adapters = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
+        self._sees = torch.zeros(count, 1, dtype=torch.uint32, pin_memory=pin)
+        self._sequences = torch.zeros(2, sequences + 1, dtype=torch.int32, pin_memory=pin)  # lengths, starts
+        self._staged = [self._long, self._adapters, self._sees, self._sequences, table.array]
         # the same memory on a CPU
         self._there = [array.to(place) for array in self._staged] if place.type != "cpu" else self._staged
-        self._starts = torch.arange(count + 1, dtype=torch.int32, device=place)
+        self._one_each = torch.arange(sequences + 1, dtype=torch.int32, device=place)
         self._x = torch.empty(count, model.config.hidden, dtype=model.dtype, device=place)
-        self._views = [array.numpy() for array in (*self._long, self._lengths)]
-        self._used = 0
+        self._views = [array.numpy() for array in (*self._long, self._adapters, self._sees[:, 0], *self._sequences)]
 
-    def step(self, count: int, width: int) -> Step:
-        """A step of so many sequences, with no more than `width` pages each."""
-        long, lengths, table = self._there
+    def step(self, count: int, each: int, several: int, width: int, tree: bool, adapted: bool) -> Step:
+        """A step of `count` sequences with `each` tokens on average, `several` at most, or 0 where each has one."""
+        long, adapters, sees, (lengths, starts), table = self._there
+        tokens, count = count * each, count + bool(several)
         batch = Batch(
-            tokens=long[0, :count],
-            positions=long[1, :count],
-            slots=long[2, :count],
+            tokens=long[0, :tokens],
+            positions=long[1, :tokens],
+            slots=long[2, :tokens],
             block_table=table[:count, :width],
             seq_lens=lengths[:count],
-            cu_seqlens_q=self._starts[: count + 1],
+            cu_seqlens_q=starts[: count + 1] if several else self._one_each[: count + 1],
             rows=None,
-            max_seqlen_q=1,
+            max_seqlen_q=several or 1,
             max_seqlen_k=width * self.page_size,
+            tree_mask=sees[:tokens] if tree else None,
+            adapters=adapters[:tokens] if adapted else None,
         )
-        return Step(batch, self._x[:count])
+        return Step(batch, self._x[:tokens])
 
-    def set(self, chunks: Row[Chunk]) -> None:
-        """Fill in these sequences, each in its row of the block table; the rows behind them become empty."""
-        tokens, positions, slots, lengths = self._views
-        size = self.page_size
-        for chunk in chunks:
-            sequence, position = chunk.sequence, chunk.start
-            row = sequence.row
-            pages = sequence.pages
-            tokens[row] = sequence.tokens[position]
-            positions[row] = position
-            slots[row] = pages[position // size] * size + position % size
-            lengths[row] = position + 1
-        for row in range(len(chunks), self._used):
-            tokens[row] = positions[row] = lengths[row] = 0
-            slots[row] = -1
-        self._used = len(chunks)
+    def set(self, layout: Layout, tokens: int, sequences: int) -> None:
+        """Fill in a layout, and what fills it up to a step of so many tokens and sequences."""
+        known, own = len(layout.tokens), len(layout.lengths)
+        each = layout.tokens, layout.positions, layout.slots, layout.adapters, layout.sees
+        for view, values, filling in zip(self._views, each, (0, 0, -1, -1, 1), strict=False):
+            if values:
+                view[:known] = values
+                if known < tokens:
+                    view[known:tokens] = filling
+        lengths, starts = self._views[-2:]
+        lengths[:own] = layout.lengths
+        if own < sequences:
+            lengths[own:sequences] = 0
+        if layout.most > 1:
+            starts[: own + 1] = layout.starts
+            starts[own + 1 : sequences] = known
+            starts[sequences] = tokens
         if self._there is not self._staged:
             for there, staged in zip(self._there, self._staged, strict=True):
                 there.copy_(staged, non_blocking=True)  # done before these are set again: a step ends with its tokens
@@ -187,11 +201,6 @@ def rounded(count: int) -> int:
     """The number of rows of a step for so many sequences: at most an eighth more, so that few sizes occur."""
     step = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // step) * step
-
-
-def table_width(pages: int) -> int:
-    """The columns of a block table for sequences of so many pages: a power of two, so that few widths occur."""
-    return max(LEAST_PAGES, 1 << (pages - 1).bit_length())
 
 
 def refusal(answered: set[tuple[str, str]], device: str) -> str:

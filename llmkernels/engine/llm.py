@@ -7,7 +7,7 @@ from typing import Any
 from llmkernels.engine.audit import problems
 from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
 from llmkernels.engine.cache import KVCache, page_bytes
-from llmkernels.engine.graphs import DecodeGraphs
+from llmkernels.engine.intake import Intake, Prompt
 from llmkernels.engine.lora import Adapters
 from llmkernels.engine.options import (
     CACHE_DTYPES,
@@ -21,18 +21,14 @@ from llmkernels.engine.options import (
 )
 from llmkernels.engine.output import Delta, Feed, Output, best
 from llmkernels.engine.pages import PagePool
-from llmkernels.engine.pooling import Mean
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
-from llmkernels.engine.sampling import Chosen, SamplingParams, draw_seed, fork_seed
-from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.sampling import Chosen, SamplingParams
+from llmkernels.engine.scheduler import Scheduler
 from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.speculative import Speculation
-from llmkernels.engine.tokenizer import Detokenizer, StopStrings, read_tokenizer
+from llmkernels.engine.tokenizer import read_tokenizer
 from llmkernels.engine.weights import DTYPES, Checkpoint, load
-from llmkernels.structured.grammar import Grammars
-
-Prompt = str | list[int]
 
 
 def shipped_model(name: str = "manual-5m") -> Path:
@@ -94,8 +90,6 @@ class LLM:
         self.config = checkpoint.config
         self.max_length = min(max_length or self.config.context, self.config.context)
         self.tokenizer = read_tokenizer(checkpoint.path, tokenizer)
-        self._eos = end_tokens(checkpoint)
-        self._grammars = self.tokenizer and Grammars(self.tokenizer, self.config.vocab, self._eos)
         self.default_params = default_params(checkpoint.generation)
 
         kind = one_of("dtype", self.config.dtype if dtype == "auto" else dtype, DTYPES)
@@ -119,11 +113,18 @@ class LLM:
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        speculator = build_speculator(speculation, draft, pages, page_size, self.max_length, place)
-        recorded = DecodeGraphs(model, cache, max_sequences, self.max_length) if graphs else None
+        self._runner = Runner(model, cache, (max_sequences, self.max_length) if graphs else None)
+        self._runner.speculator = build_speculator(speculation, draft, self.max_length, self._runner.target)
         self._adapters = Adapters(model, self._scheduler)
+        self._intake = Intake(
+            self.tokenizer,
+            self.config.vocab,
+            self.max_length,
+            end_tokens(checkpoint),
+            self.default_params,
+            self._adapters,
+        )
         self._searches: list[BeamSearch] = []
-        self._runner = Runner(model, cache, recorded, speculator)
 
     def generate(
         self,
@@ -148,17 +149,19 @@ class LLM:
         each = params if isinstance(params, list) else [params] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one for all, or one each")
-        requests = [self._request(prompt, wishes, salt, adapter) for prompt, wishes in zip(batch, each, strict=True)]
-        outputs = [output for request in requests for output in request]
+        requests = [
+            self._intake.request(prompt, wishes, salt, adapter) for prompt, wishes in zip(batch, each, strict=True)
+        ]
+        outputs = [output for answers in requests for output in answers]
         try:
-            for request in requests:
-                self._scheduler.add(request[0]._sequence)
+            for first, *_ in requests:
+                self._scheduler.add(first._sequence)
             while any(output.finish_reason is None for output in outputs):
                 self.step()
         finally:
             for output in outputs:  # only where something was raised is there anything left to abort
                 self.abort(output)
-        return [output for request in requests for output in best(request)]
+        return [output for answers in requests for output in best(answers)]
 
     def stream(
         self,
@@ -211,12 +214,10 @@ class LLM:
     ) -> BeamSearch:
         """Queue a beam search without running it; steps bring it further, until its `beams` are there."""
         params = params or BeamParams()
-        wishes = SamplingParams(
-            max_tokens=params.max_tokens, top_logprobs=params.width + len(self._eos), ignore_eos=True
-        )
-        outputs = self._request(prompt, wishes, salt, adapter)
-        decode = self.tokenizer.decode if self.tokenizer else lambda tokens: ""
-        search = BeamSearch(params, outputs[0], self._scheduler, self._eos, decode)
+        stop, count = self._intake.stop, params.width + len(self._intake.stop)
+        wishes = SamplingParams(max_tokens=params.max_tokens, top_logprobs=count, ignore_eos=True)
+        outputs = self._intake.request(prompt, wishes, salt, adapter)
+        search = BeamSearch(params, outputs[0], self._scheduler, stop, self._intake.decode)
         self._scheduler.add(outputs[0]._sequence)
         self._searches.append(search)
         return search
@@ -240,7 +241,7 @@ class LLM:
         The prompt is computed once; its answers share its pages.  Where params.best_of asks for a choice, `best` makes
         it when they have finished.  ValueErrors as in `generate`.
         """
-        outputs = self._request(prompt, params, salt, adapter)
+        outputs = self._intake.request(prompt, params, salt, adapter)
         self._scheduler.add(outputs[0]._sequence)
         return outputs
 
@@ -251,16 +252,19 @@ class LLM:
         if not chunks:
             return False
         choices = self._runner.run(chunks)
+        ends: list[Output] = [chunk.sequence.payload for chunk in chunks if chunk.samples]
+        for output in ends:
+            if output.guide and output.guide.failed:
+                self._scheduler.end(output._sequence, "error")
         gained = self._scheduler.advance(chunks, [taken[-1].token for taken in choices])
-        ends = [chunk.sequence.payload for chunk in chunks if chunk.samples]
         for output, taken, count in zip(ends, choices, gained, strict=True):
+            reason = output.finish_reason
             for number, chosen in enumerate(taken[:count], 1):
-                if self._take(output, chosen, output.finish_reason if number == count else None):
+                if self._take(output, chosen, reason if number == count else None):
                     break
             for token in output._forced():
                 self._scheduler.extend(output._sequence, token)
-                self._take(output, Chosen(token), output.finish_reason)
-                if output.finish_reason:
+                if self._take(output, Chosen(token), output.finish_reason) or output.finish_reason:
                     break
         self._searches = [search for search in self._searches if search.advance()]
         return True
@@ -284,11 +288,7 @@ class LLM:
 
     def prepare(self, params: SamplingParams | None) -> Any:
         """Compile what such a request needs, maybe for seconds, on any thread; while it lives, `add` is quick."""
-        if params is None or params.structure is None:
-            return None
-        if self._grammars is None:
-            raise ValueError("structure is given and this LLM has tokenizer=False; give tokenizer=<path>")
-        return self._grammars.compiled(params.structure)
+        return self._intake.grammar(params)
 
     def abort(self, output: Output) -> None:
         """End a request now and free its pages; nothing happens to a finished one."""
@@ -298,7 +298,7 @@ class LLM:
         """Requests that run and wait; pages used, idle (their keys are kept) and empty; preemptions, reuse; tokens
         guessed, and those that came true; decode steps that were replayed, and that were not."""
         scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
-        graphs, speculator = self._runner.graphs, self._runner.speculator
+        graphs, speculator = self._runner.target.graphs, self._runner.speculator
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -325,17 +325,20 @@ class LLM:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
-        if self.tokenizer is None:
-            raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
-        return self.tokenizer.encode(text).ids
+        return self._intake.encode(text)
 
     def _take(self, output: Output, chosen: Chosen, reason: str | None) -> bool:
-        """Hand a token on, the last one if there is a reason; True where a stop string ends the text with it."""
-        ended = output._receive(chosen, reason)
+        """Hand a token on, the last one if there is a reason; True where the text ends otherwise, by a stop string or
+        because its grammar cannot go on."""
+        ended = ""
+        if output.guide and not output.guide.accept(chosen.token):
+            ended = "error"
+        elif output._receive(chosen, reason):
+            ended = "stop"
         if ended:
             self._scheduler.end(output._sequence)
-            output._sequence.finish_reason = "stop"  # also where the same token was the last one allowed
-        return ended
+            output._sequence.finish_reason = ended  # also where the same token was the last one allowed
+        return bool(ended)
 
     def _follow(self, outputs: list[Output]) -> Iterator[Delta]:
         feed = Feed(outputs)
@@ -350,41 +353,3 @@ class LLM:
         finally:
             for output in outputs:
                 self.abort(output)
-
-    def _request(
-        self, prompt: Prompt, params: SamplingParams | None, salt: str | None, adapter: str | None
-    ) -> list[Output]:
-        """The outputs to be, params.answers of them; the first one's sequence holds the others as forks."""
-        params = self.default_params if params is None else params
-        if not isinstance(prompt, (str, list, tuple)):
-            raise ValueError(f"the prompt is {prompt!r:.80}; give a text, or a list of token ids")
-        ids = (prompt and self.encode(prompt)) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop is given and this LLM has tokenizer=False; give stop_token_ids, or tokenizer=<path>")
-        for token in (*ids, *params.stop_token_ids, *params.logit_bias):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab:
-                raise ValueError(f"{token!r} is not a token id; this model's are 0 to {self.config.vocab - 1}")
-        if len(ids) >= self.max_length:
-            raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for more")
-        used = None if adapter is None else self._adapters.find(adapter)
-        scope = salt if used is None else (salt, used.number)
-        seed = draw_seed() if params.seed is None else params.seed
-        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
-        limit = min(len(ids) + params.max_tokens, self.max_length)
-        grammar, outputs = self.prepare(params), []
-        for i in range(params.answers):
-            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=scope)
-            if used:
-                sequence.adapter = used.slot
-            sequence.pooled = Mean() if params.embed else None
-            text = self.tokenizer and Detokenizer(self.tokenizer, ids)
-            stops = StopStrings(params.stop)
-            output = Output(ids, params, fork_seed(seed, i), i, _sequence=sequence, _detokenizer=text, _stops=stops)
-            if grammar and self._grammars:
-                output.guide = self._grammars.guide(grammar, stop)
-            sequence.payload = output
-            outputs.append(output)
-        outputs[0]._sequence.forks = [output._sequence for output in outputs[1:]]
-        return outputs

@@ -86,6 +86,7 @@ class Adapters:
                 changed.append((key, linear, _stacked(linear.deltas.get(key), sizes, slot, pair, self._model)))
         for key, linear, delta in changed:
             linear.deltas[key] = delta
+        self._model.adapted += 1
         self._named[name] = Adapter(name, slot, next(self._numbers))
 
     def unload(self, name: str) -> None:
@@ -103,6 +104,7 @@ class Adapters:
         if not self._named and not self._leaving:
             for _, linear, *_ in modules(self._model):
                 linear.deltas.clear()
+            self._model.adapted += 1
 
 
 class Pair(NamedTuple):

@@ -123,7 +123,7 @@ class Batch:
 
 @dataclass
 class Model:
-    """A model in memory.  cos, sin: float32 [length, head_dim/2]."""
+    """A model in memory.  cos, sin: float32 [length, head_dim/2].  adapted: changes whenever the Deltas do."""
 
     config: ModelConfig
     embedding: torch.Tensor
@@ -132,6 +132,7 @@ class Model:
     head: Linear
     cos: torch.Tensor
     sin: torch.Tensor
+    adapted: int = 0
 
     @property
     def device(self) -> torch.device:

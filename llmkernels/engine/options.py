@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmkernels.engine.cache import KVCache
+from llmkernels.engine.forward import Forward
 from llmkernels.engine.model import ModelConfig
 from llmkernels.engine.sampling import SamplingParams
 from llmkernels.engine.speculative import Speculation, Speculator
@@ -49,16 +50,17 @@ def read_draft(wish: Speculation | None, config: ModelConfig, length: int) -> Ch
 
 
 def build_speculator(
-    wish: Speculation | None, draft: Checkpoint | None, pages: int, page_size: int, length: int, device: torch.device
+    wish: Speculation | None, draft: Checkpoint | None, length: int, target: Forward
 ) -> Speculator | None:
     """Who guesses, if that is wished for; where there is a draft model, with its own memory for as many pages."""
     if wish is None:
         return None
     if draft is None:
         return Speculator(wish)
-    kind = draft.config.dtype
+    kind, device = draft.config.dtype, target.model.device
     model = load(draft, kind, device, length)
-    return Speculator(wish, model, KVCache(draft.config, pages, page_size, DTYPES[kind], device))
+    cache = KVCache(draft.config, target.cache.k.shape[1], target.cache.page_size, DTYPES[kind], device)
+    return Speculator(wish, Forward(model, cache, target.table, target.graphs is not None))
 
 
 def default_params(generation: dict[str, Any]) -> SamplingParams:

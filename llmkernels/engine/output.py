@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from llmkernels.engine.sampling import Chosen, SamplingParams
-from llmkernels.engine.scheduler import Sequence as Request
+from llmkernels.engine.sequence import Sequence as Request
 from llmkernels.engine.tokenizer import Detokenizer, StopStrings
 from llmkernels.structured.masks import Guide
 
@@ -27,7 +27,8 @@ class Output:
     score: the sum of ln p of `tokens`, where params need it: for logprobs, or to choose among best_of answers.
     arrived: time.monotonic() when it was asked for.
     guide: where it stands in params.structure.
-    finish_reason: None (unfinished), 'stop' (a stop token or string), 'length' (max_tokens or the context), 'abort'.
+    finish_reason: None (unfinished), 'stop' (a stop token or string), 'length' (max_tokens or the context), 'abort', or
+        'error', where `error` says which.
     """
 
     prompt_tokens: list[int]
@@ -48,6 +49,12 @@ class Output:
     @property
     def finish_reason(self) -> str | None:
         return self._sequence.finish_reason
+
+    @property
+    def error(self) -> str:
+        """Why the answer could not be given to its end; empty where it could."""
+        failed = self.guide.failed if self.guide and self.finish_reason == "error" else ""
+        return failed and f"after {len(self.tokens)} tokens of the answer {failed}"
 
     @property
     def cached_tokens(self) -> int:
@@ -71,8 +78,6 @@ class Output:
                 self.logprobs.append(chosen.logprob)
         if chosen.top:
             self.top_logprobs.append(chosen.top)
-        if self.guide:
-            self.guide.accept(chosen.token)
         if not self._detokenizer:
             return False
         piece = "" if reason == "stop" else self._detokenizer.push(chosen.token)

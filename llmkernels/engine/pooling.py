@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llmkernels.engine.scheduler import Chunk
+from llmkernels.engine.sequence import Chunk
 
 
 class Mean:

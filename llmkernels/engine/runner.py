@@ -6,44 +6,44 @@ from functools import partial
 import torch
 
 from llmkernels.engine.cache import KVCache
-from llmkernels.engine.graphs import DecodeGraphs, table_width
-from llmkernels.engine.model import Batch, Model
+from llmkernels.engine.forward import Forward
+from llmkernels.engine.graphs import rounded
+from llmkernels.engine.layout import Layout, slot, table_width
+from llmkernels.engine.model import Model
 from llmkernels.engine.pooling import deliver
 from llmkernels.engine.sampling import Chosen, choose
-from llmkernels.engine.scheduler import Chunk, Sequence
-from llmkernels.engine.speculative import Speculator, accept, ahead, branches, path
+from llmkernels.engine.sequence import Chunk, Sequence
+from llmkernels.engine.speculative import Speculator, accept, ahead
 from llmkernels.engine.tables import BlockTable
-from llmkernels.settings import current, use
 from llmkernels.structured.masks import Masks
 
 CALIBRATION = 256  # tokens that decide the scales of a quantized cache
 
 
 class Runner:
-    """A model and its cache.
+    """What runs a step: a model, and who guesses ahead of it, if anybody does.
 
-    graphs: its decode steps, where they are to be recorded and replayed.
-    speculator: who guesses ahead of the model, if anybody does.
+    recorded: for so many sequences of so many tokens at most steps are recorded; None: none are.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        cache: KVCache,
-        graphs: DecodeGraphs | None = None,
-        speculator: Speculator | None = None,
-    ):
-        self.model, self.cache, self.graphs, self.speculator = model, cache, graphs, speculator
-        self.table = graphs.table if graphs else BlockTable()
+    def __init__(self, model: Model, cache: KVCache, recorded: tuple[int, int] | None = None):
+        self.table = BlockTable()
+        if recorded:
+            sequences, length = recorded
+            pages, pinned = table_width(-(-length // cache.page_size)), model.device.type == "cuda"
+            # beams come on top, as many at most
+            self.table = BlockTable(rounded(2 * sequences), pages, static=True, pinned=pinned)
+        self.target = Forward(model, cache, self.table, bool(recorded))
+        self.speculator: Speculator | None = None
 
     def run(self, chunks: Row[Chunk]) -> list[list[Chosen]]:
         """Run these chunks; for each that samples, in order, the tokens that follow it, all but the last guessed."""
         if self.speculator:
-            with use(checked=bool(current().checked)):
-                self.speculator.propose(chunks, self.prepare)
+            self.table.update(chunks)
+            self.speculator.propose(chunks)
         ends = [chunk for chunk in chunks if chunk.samples]
         guides, guesses = [chunk.sequence.payload.guide for chunk in ends], [chunk.guesses for chunk in ends]
-        masks = Masks.begin(guides, self.model.config.vocab, guesses)
+        masks = Masks.begin(guides, self.target.model.config.vocab, guesses)
         logits = self.logits(chunks)
         if not ends:
             return []
@@ -56,8 +56,8 @@ class Runner:
             after = chunk.start + chunk.count
             moves += [(chunk.sequence, after + node, after + i) for i, node in enumerate(nodes) if node != i]
         if moves:
-            size = self.cache.page_size
-            self.cache.move([(_slot(s.pages, source, size), _slot(s.pages, to, size)) for s, source, to in moves])
+            size = self.target.cache.page_size
+            self.target.cache.move([(slot(s.pages, source, size), slot(s.pages, to, size)) for s, source, to in moves])
         if self.speculator:
             self.speculator.count(ends)
         return results
@@ -65,95 +65,14 @@ class Runner:
     def logits(self, chunks: Row[Chunk]) -> torch.Tensor:
         """[samples vocab]: the logits after each chunk that samples and each of its guesses, in order.
 
-        Pages to be copied are copied first.  The ops do not read the scheduler's metadata, which are right by
-        construction, unless the caller insists.
+        Pages to be copied are copied first.
         """
-        if copies := [chunk.copy for chunk in chunks if chunk.copy]:
-            self.cache.copy(copies)
-        with use(checked=bool(current().checked)):
-            pooled = any(chunk.sequence.pooled for chunk in chunks)
-            if self.graphs and not pooled and (logits := self.graphs.logits(chunks)) is not None:
-                return logits
-            batch = self.prepare(chunks)
-            batch.hidden = partial(deliver, chunks) if pooled else None
-            return self.model.forward(batch, self.cache)
-
-    def prepare(self, chunks: Row[Chunk]) -> Batch:
-        """The arrays of a step."""
         self.table.update(chunks)
-        return arrays(chunks, self.table.array, self.cache.page_size, self.model.device)
-
-
-def arrays(chunks: Row[Chunk], table: torch.Tensor, page_size: int, device: torch.device) -> Batch:
-    """The arrays of a step: of each chunk its tokens, and behind them its guesses.
-
-    The sequences stand in the order of their rows in the block table, and `rows` in that of the chunks.
-    """
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    rows: list[int] = []
-    starts = [0]
-    ordered = sorted(chunks, key=lambda chunk: chunk.sequence.row)
-    firsts: dict[int, int] = {}  # row of a chunk that samples -> its last token
-    for chunk in ordered:
-        sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-        pages = sequence.pages
-        if chunk.count == 1:  # nearly always
-            tokens.append(sequence.tokens[start])
-            positions.append(start)
-            slots.append(pages[start // page_size] * page_size + start % page_size)
-        else:
-            tokens += sequence.tokens[start:end]
-            positions += range(start, end)
-            slots += [_slot(pages, p, page_size) for p in range(start, end)]
-        firsts[sequence.row] = len(tokens) - 1
-        for node, token in enumerate(chunk.guesses):
-            tokens.append(token)
-            positions.append(end - 1 + len(path(chunk, node)))
-            slots.append(_slot(pages, end + node, page_size))
-        starts.append(len(tokens))
-    for chunk in chunks:
-        if chunk.samples:
-            first = firsts[chunk.sequence.row]
-            rows += range(first, first + 1 + len(chunk.guesses))
-    width = min(table_width(max(len(chunk.sequence.pages) for chunk in chunks)), table.shape[1])
-
-    def array(values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return Batch(
-        tokens=array(tokens, torch.int64),
-        positions=array(positions, torch.int64),
-        slots=array(slots, torch.int64),
-        block_table=table[: len(chunks), :width].to(device),
-        seq_lens=array([chunk.start + chunk.count + len(chunk.guesses) for chunk in ordered], torch.int32),
-        cu_seqlens_q=array(starts, torch.int32),
-        rows=None if rows == [*range(len(tokens))] else array(rows, torch.int64),
-        max_seqlen_q=_round_up(max(chunk.count + len(chunk.guesses) for chunk in chunks)),
-        max_seqlen_k=width * page_size,
-        tree_mask=array(_sight(ordered), torch.uint32) if any(branches(chunk) for chunk in chunks) else None,
-        adapters=_adapters(ordered, starts, device),
-    )
-
-
-def _adapters(ordered: Row[Chunk], starts: list[int], device: torch.device) -> torch.Tensor | None:
-    """Which adapter each token runs with, int32; None where none does."""
-    if all(chunk.sequence.adapter < 0 for chunk in ordered):
-        return None
-    each = torch.tensor([chunk.sequence.adapter for chunk in ordered], dtype=torch.int32)
-    return each.repeat_interleave(torch.tensor(starts).diff()).to(device)
-
-
-def _sight(chunks: Row[Chunk]) -> list[list[int]]:
-    """The word of each token whose bits say which new tokens of its sequence it sees; there are at most 32."""
-    words = []
-    for chunk in chunks:
-        words += [[(2 << i) - 1] for i in range(chunk.count)]
-        before = words[-1][0]
-        for node in range(len(chunk.guesses)):
-            words.append([before | sum(1 << chunk.count + i for i in path(chunk, node))])
-    return words
+        if copies := [chunk.copy for chunk in chunks if chunk.copy]:
+            self.target.cache.copy(copies)
+        pooled = any(chunk.sequence.pooled for chunk in chunks)
+        layout = Layout.of(chunks, self.target.cache.page_size)
+        return self.target.logits(layout, partial(deliver, chunks) if pooled else None)
 
 
 def calibrate(model: Model, cache: KVCache) -> None:
@@ -167,12 +86,3 @@ def calibrate(model: Model, cache: KVCache) -> None:
     sequence = Sequence(spread, count, count + 1, pages=list(range(pages)))
     Runner(model, sample).logits([Chunk(sequence, 0, count, True)])
     cache.scales_from(sample, pages)
-
-
-def _slot(pages: list[int], position: int, page_size: int) -> int:
-    return pages[position // page_size] * page_size + position % page_size
-
-
-def _round_up(count: int) -> int:
-    """The next power of two, so that few kinds of call occur."""
-    return 1 << (count - 1).bit_length()

@@ -26,88 +26,17 @@ Those that came true are tokens like others; of the rest neither pages nor count
 """
 
 from collections import deque
-from collections.abc import Hashable
 from collections.abc import Sequence as Row
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
+from llmkernels.engine.sequence import Chunk, Sequence
 
 LOOKAHEAD = 16  # who waits and may be admitted next: each costs a lookup of its prompt
 PATIENCE = 8
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One request while it is alive.
-
-    tokens: the prompt, and what was generated since.
-    prompt_length: how many of them are the prompt.
-    limit: how many tokens there may be at most, prompt included.
-    stop: token ids that end the text.
-    scope: what its keys depend on besides its tokens; see PrefixCache.
-    forks: sequences with the same prompt that start from this one's pages once the prompt is computed.
-    adapter: which of the loaded adapters it runs with; -1: none.
-    payload: the caller's, untouched.
-    plain: no guesses are made behind its tokens.
-    memory: what speculation knows of its tokens; see NGrams.
-    pooled: who takes its tokens' hidden states, so that each is computed, whatever the prefix cache has; None: nobody.
-    computed: the first so many tokens have their keys and values in pages.
-    settled: so many of them were tokens before their step ran, not guesses that came true in it; a draft model has the
-        keys of these too, so their pages may be found by others.
-    pages: ids of its pages, in order; token i is in pages[i // page_size].
-    decoding: its chunk of one token, used in step after step: a thousand new ones take longer than the rest of a step.
-    row, written: its place in the block table, and how many of its pages stand there as they are; see BlockTable.
-    cached: how many tokens' keys were there when it first ran.  None: it has not run yet.
-    overtaken: how many that came later were admitted before it.
-    finish_reason: None while alive, then 'stop' (a token of `stop`), 'length' (the limit), or what `end` was told.
-    """
-
-    tokens: list[int]
-    prompt_length: int
-    limit: int
-    stop: frozenset[int] = frozenset()
-    scope: Hashable = None
-    forks: "list[Sequence]" = field(default_factory=list)
-    adapter: int = -1
-    payload: Any = None
-    plain: bool = False
-    memory: Any = None
-    pooled: Any = None
-    computed: int = 0
-    settled: int = 0
-    pages: list[int] = field(default_factory=list)
-    decoding: "Chunk | None" = None
-    row: int = -1
-    written: int = 0
-    cached: int | None = None
-    overtaken: int = 0
-    finish_reason: str | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Chunk:
-    """Tokens start to start + count of a sequence run in this step.
-
-    samples: they end it, so a new token follows.
-    copy: a page whose keys must be copied before the step runs, and the page they go to; None: no copy.
-    room: how many guesses may follow the chunk; its sequence has pages for them.
-    guesses, parents: up to `room` tokens that may follow, filled in before the step runs.  A guess continues the guess
-        at parents[i] < i, or the chunk where that is -1; so they are a chain, or a tree.
-    accepted: the guesses that came true, in order, filled in when it has run.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-    copy: tuple[int, int] | None = None
-    room: int = 0
-    guesses: Row[int] = ()
-    parents: Row[int] = ()
-    accepted: Row[int] = ()
+MOST_KNOWN = 8  # tokens that a chunk may bring (a grammar forces them) and have guesses behind them
 
 
 class Scheduler:
@@ -230,8 +159,8 @@ class Scheduler:
         It runs right behind this one; where that does not run, it waits in front.
         """
         child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
-        child.pages, child.computed, child.settled, child.memory, child.row = [], 0, 0, None, -1
-        child.decoding = None
+        child.pages, child.computed, child.settled, child.drafted = [], 0, 0, 0
+        child.memory, child.row, child.decoding = None, -1, None
         if sequence not in self.running:
             self.waiting.appendleft(child)
             return child
@@ -274,7 +203,9 @@ class Scheduler:
         sequence = chunk.sequence
         count = len(sequence.tokens)
         most = min(most, sequence.limit - count - 1)  # a token follows the last guess
-        if not chunk.samples or chunk.count > 1 or sequence.plain or sequence.forks or most < 1:
+        forced = chunk.count <= MOST_KNOWN and chunk.start >= sequence.prompt_length
+        decodes = chunk.samples and (chunk.count == 1 or forced)
+        if not decodes or sequence.plain or sequence.forks or most < 1:
             return 0
         missing = -(-(count + most) // self.page_size) - len(sequence.pages)
         sequence.pages += self.pool.take(min(missing, self.pool.free)) or [] if missing > 0 else []
@@ -385,4 +316,4 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.computed, sequence.settled, sequence.written = [], 0, 0, 0
+        sequence.pages, sequence.computed, sequence.settled, sequence.drafted, sequence.written = [], 0, 0, 0, 0

@@ -6,7 +6,8 @@ A snapshot is taken between two steps and costs nothing before it is asked for.
 from itertools import islice
 from typing import Any
 
-from llmkernels.engine.scheduler import Scheduler, Sequence
+from llmkernels.engine.scheduler import Scheduler
+from llmkernels.engine.sequence import Sequence
 
 MOST_CELLS, MOST_NODES, MOST_REQUESTS = 4096, 4096, 256  # to draw, and to hold the engine up for
 

@@ -17,18 +17,19 @@ It is also the rule of the papers: their q is 1 for a guess that is not drawn, s
 min(1, p/q) = p, and what replaces it is drawn from p without it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llmkernels.engine.cache import KVCache
-from llmkernels.engine.model import Batch, Model
+from llmkernels.engine.forward import Forward
+from llmkernels.engine.layout import Layout, slot
 from llmkernels.engine.sampling import Answer, Chosen, adjusted
-from llmkernels.engine.scheduler import Chunk
-from llmkernels.engine.scheduler import Sequence as Request
+from llmkernels.engine.sequence import Chunk
+from llmkernels.engine.sequence import Sequence as Request
+from llmkernels.structured.masks import Guide, Masks
 
 MOST_GUESSES = 31  # with the chunk's token they are the 32 bits of one word of the tree's mask
 
@@ -41,14 +42,20 @@ class Speculation:
     ngram: how many last tokens, at most, are looked up in the text so far; 0: none.
     depth: how many tokens in a row are guessed.
     width: 1 guesses one token at each place; more: also the draft model's next choices there, and n-grams beside them.
+    confidence: the draft model stops where it gives its likeliest token less than this probability; a guess that comes
+        true seldom costs more time, of the draft model and of the verification, than it saves.  0: it never stops.
     """
 
     draft: str | Path | None = None
     ngram: int = 0
     depth: int = 4
     width: int = 1
+    confidence: float = 0.0
 
     def __post_init__(self) -> None:
+        sure: Any = self.confidence
+        if isinstance(sure, bool) or not isinstance(sure, (int, float)) or not 0 <= sure <= 1:
+            raise ValueError(f"speculation: confidence is {sure!r}; give a number from 0 to 1")
         for name, low, high in (("ngram", 0, 8), ("depth", 1, 16), ("width", 1, 8)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -98,35 +105,10 @@ class Joined(Sequence[int]):
         return self._first[index] if index < before else self._second[index - before]
 
 
-def guess(chunk: Chunk, parent: int, token: int) -> int | None:
-    """Put a token behind guess `parent` (-1: the chunk), once.  Its number; None where there is no room."""
-    for i, (before, known) in enumerate(zip(chunk.parents, chunk.guesses, strict=True)):
-        if before == parent and known == token:
-            return i
-    if len(chunk.guesses) == chunk.room:
-        return None
-    chunk.guesses, chunk.parents = [*chunk.guesses, token], [*chunk.parents, parent]
-    return len(chunk.guesses) - 1
-
-
-def path(chunk: Chunk, node: int) -> list[int]:
-    """The numbers of the guesses from the chunk to guess `node`."""
-    nodes = []
-    while node >= 0:
-        nodes.append(node)
-        node = chunk.parents[node]
-    return nodes[::-1]
-
-
-def branches(chunk: Chunk) -> bool:
-    """Are its guesses more than a chain?"""
-    return any(parent != i - 1 for i, parent in enumerate(chunk.parents))
-
-
 def ahead(chunk: Chunk, node: int) -> "Answer | Ahead":
     """The chunk's answer after guess `node`."""
     answer: Answer = chunk.sequence.payload
-    return answer if node < 0 else Ahead(answer, [chunk.guesses[i] for i in path(chunk, node)])
+    return answer if node < 0 else Ahead(answer, [chunk.guesses[i] for i in chunk.path(node)])
 
 
 def accept(chunk: Chunk, chosen: Sequence[Chosen]) -> tuple[list[Chosen], list[int]]:
@@ -167,45 +149,45 @@ class NGrams:
 class Speculator:
     """Guesses for the chunks of a step.
 
-    model, cache: the draft model and its keys, in the same pages as the model's own.  Like those they are there for
-        `settled` tokens of a sequence; what lies behind is read again, with this step's chunk, in the first pass.
+    draft: the draft model and its keys, in the same pages as the model's own.  Like those they are there for `settled`
+        tokens of a sequence, and for guesses that it had read and that came true; what lies behind is read again, with
+        this step's chunk, in the first pass.
 
-    guessed, accepted, verified: tokens guessed, those that came true, and chunks that had guesses, since the start.
+    guessed, accepted: tokens guessed, and those that came true, since the start.
     """
 
-    def __init__(self, wish: Speculation, model: Model | None = None, cache: KVCache | None = None):
-        self.wish, self.model, self.cache = wish, model, cache
-        self.guessed = self.accepted = self.verified = 0
+    def __init__(self, wish: Speculation, draft: Forward | None = None):
+        self.wish, self.draft = wish, draft
+        self.guessed = self.accepted = 0
+        self._read: list[tuple[Chunk, list[int]]] = []  # the guesses that the draft model has read, in this step
 
-    def propose(self, chunks: Sequence[Chunk], prepare: Any) -> None:
+    def propose(self, chunks: Sequence[Chunk]) -> None:
         """Fill in the guesses of every chunk that has room: under a grammar a chain that it allows."""
-        if self.cache is not None and (copies := [chunk.copy for chunk in chunks if chunk.copy]):
-            self.cache.copy(copies)
         small = all(chunk.count + chunk.room <= MOST_GUESSES + 1 for chunk in chunks)
-        tree = self.wish.width > 1 and small and not any(chunk.sequence.payload.guide for chunk in chunks if chunk.room)
         roomy = [chunk for chunk in chunks if chunk.room]
+        tree = self.wish.width > 1 and small and not any(chunk.sequence.payload.guide for chunk in roomy)
         found = {id(chunk): self._lookup(chunk) for chunk in roomy} if self.wish.ngram else {}
-        if self.model is not None:
-            self._draft(chunks, prepare, self.wish.width if tree else 1, found)
+        if self.draft:
+            width = self.wish.width if tree else 1
+            self._by_draft(chunks, [c for c in roomy if width > 1 or not found.get(id(c))], width)
         for chunk in roomy:
             if tree or not chunk.guesses:
-                node = -1
+                node: int | None = -1
                 for token in found.get(id(chunk), ()):
-                    if (next_node := guess(chunk, node, token)) is None:
-                        break
-                    node = next_node
-
-            if guide := chunk.sequence.payload.guide:
-                allowed = guide.allowed(chunk.guesses)
-                chunk.guesses, chunk.parents = chunk.guesses[:allowed], chunk.parents[:allowed]
+                    node = None if node is None else chunk.guess(node, token)
+                if guide := chunk.sequence.payload.guide:
+                    allowed = guide.allowed(chunk.guesses)
+                    chunk.guesses, chunk.parents = chunk.guesses[:allowed], chunk.parents[:allowed]
 
     def count(self, chunks: Sequence[Chunk]) -> None:
-        """The step ran: keep the score."""
+        """The step ran: keep the score, and which guesses' keys the draft model has."""
         for chunk in chunks:
-            if chunk.guesses:
-                self.verified += 1
-                self.guessed += len(chunk.guesses)
-                self.accepted += len(chunk.accepted)
+            self.guessed += len(chunk.guesses)
+            self.accepted += len(chunk.accepted)
+        for chunk, read in self._read:
+            agreed = takewhile(lambda pair: pair[0] == pair[1], zip(chunk.accepted, read, strict=False))
+            chunk.sequence.drafted = chunk.start + chunk.count + len([*agreed])
+        self._read = []
 
     def _lookup(self, chunk: Chunk) -> list[int]:
         request: Request = chunk.sequence
@@ -213,57 +195,79 @@ class Speculator:
             request.memory = NGrams(self.wish.ngram)
         return request.memory.guess(request.tokens, min(self.wish.depth, chunk.room))
 
-    def _draft(self, chunks: Sequence[Chunk], prepare: Any, width: int, found: dict[int, list[int]]) -> None:
-        """Guess by the draft model, which reads all chunks on the way: one pass a token."""
-        assert self.model is not None
-        assert self.cache is not None
-        wanted = [chunk for chunk in chunks if chunk.room and (width > 1 or not found.get(id(chunk)))]
-        behind = []
+    def _by_draft(self, chunks: Sequence[Chunk], wanted: Sequence[Chunk], width: int) -> None:
+        """Guesses of the draft model for those wanted: one pass a token, of which the first reads all chunks."""
+        assert self.draft
+        if copies := [chunk.copy for chunk in chunks if chunk.copy]:
+            self.draft.cache.copy(copies)
+        names, behind = {id(chunk) for chunk in wanted}, []
         for chunk in chunks:
-            start, end = chunk.sequence.settled, chunk.start + chunk.count
-            behind.append(Chunk(chunk.sequence, start, end - start, chunk in wanted))
-        batch = prepare(behind)
-        logits = self.model.forward(batch, self.cache)
-        rows = [chunk.sequence.row for chunk in wanted]
-        nodes = [-1] * len(wanted)
-        table, lengths = batch.block_table[rows], batch.seq_lens[rows]
-        for depth in range(1, self.wish.depth + 1):
-            if not wanted:
-                return
-            logits = adjusted(logits, [ahead(chunk, node) for chunk, node in zip(wanted, nodes, strict=True)])
-            best = logits.topk(min(width, logits.shape[1])).indices.tolist()
-            going = []
-            for i, (chunk, tokens) in enumerate(zip(wanted, best, strict=True)):
-                node = guess(chunk, nodes[i], tokens[0])
-                for token in tokens[1:] if node is not None else ():
-                    guess(chunk, nodes[i], token)
-                if node is not None and depth < self.wish.depth and len(chunk.guesses) < chunk.room:
-                    nodes[i] = node
-                    going.append(i)
-            if not going:
-                return
-            wanted, nodes = [wanted[i] for i in going], [nodes[i] for i in going]
-            table, lengths = table[going], lengths[going] + 1
-            logits = self.model.forward(self._one_more(wanted, nodes, table, lengths, batch), self.cache)
+            sequence, end = chunk.sequence, chunk.start + chunk.count
+            start = max(sequence.settled, min(sequence.drafted, chunk.start))
+            behind.append(Chunk(sequence, start, end - start, id(chunk) in names))
+        size, vocab = self.draft.cache.page_size, self.draft.model.config.vocab
+        layout, ways = Layout.of(behind, size), [Way(chunk) for chunk in wanted]
+        self._read, pages = [(way.chunk, way.tokens) for way in ways], layout.pages
+        every = ways
+        for depth in range(self.wish.depth):
+            masks = Masks.begin([way.guide for way in ways], vocab)
+            logits = self.draft.logits(layout)
+            if not ways:
+                break
+            logits = adjusted(logits, [ahead(way.chunk, way.node) for way in ways])
+            if masks:
+                masks.forbid(logits)
+            values, best = logits.topk(min(width, vocab))
+            if self.wish.confidence:
+                sure = (values[:, 0] - logits.logsumexp(1) >= math.log(self.wish.confidence)).tolist()
+            else:
+                sure = [True] * len(ways)
+            choices = zip(ways, best.tolist(), sure, strict=True)
+            ways = [way for way, tokens, certain in choices if certain and way.take(tokens)]
+            if depth + 1 == self.wish.depth or not ways:
+                break
+            placed = {way.chunk.sequence.row: way.read(size) for way in ways}
+            layout = Layout.one_each(len(chunks), pages, placed)
+        for way in every:
+            way.close()
 
-    def _one_more(
-        self, chunks: list[Chunk], nodes: list[int], table: torch.Tensor, lengths: torch.Tensor, first: Batch
-    ) -> Batch:
-        """The last guess of each chunk, at the end of its keys: lengths [chunks] of them with this one."""
-        assert self.cache is not None
-        size, device = self.cache.page_size, table.device
-        last = [*zip(chunks, nodes, strict=True)]
-        positions = [chunk.start + chunk.count - 1 + len(path(chunk, node)) for chunk, node in last]
-        slots = [c.sequence.pages[p // size] * size + p % size for c, p in zip(chunks, positions, strict=True)]
-        count = torch.arange(len(chunks) + 1, device=device)
-        return Batch(
-            tokens=torch.tensor([c.guesses[n] for c, n in last], device=device),
-            positions=torch.tensor(positions, device=device),
-            slots=torch.tensor(slots, device=device),
-            block_table=table,
-            seq_lens=lengths,
-            cu_seqlens_q=count.int(),
-            rows=None,
-            max_seqlen_q=1,
-            max_seqlen_k=first.max_seqlen_k,
-        )
+
+class Way:
+    """How a draft model goes on behind a chunk: the likeliest guess at each place.
+
+    node: the last one; -1: none yet.
+    tokens: those that it has read again.
+    """
+
+    def __init__(self, chunk: Chunk):
+        self.chunk, self.node, self.tokens = chunk, -1, list[int]()
+        self.guide: Guide | None = chunk.sequence.payload.guide
+        self._accepted = 0
+
+    def take(self, tokens: Sequence[int]) -> bool:
+        """Guess these at the next place; whether it goes on behind the first of them."""
+        node, before = self.chunk.guess(self.node, tokens[0]), self.node
+        if node is None:
+            return False
+        for token in tokens[1:]:
+            self.chunk.guess(before, token)
+        self.node = node
+        if self.guide:
+            if not self.guide.go_on(tokens[0]):
+                return False
+            self._accepted += 1
+            if self.guide.ended:
+                return False
+        return len(self.chunk.guesses) < self.chunk.room
+
+    def read(self, page_size: int) -> tuple[int, int, int]:
+        """Its last guess for the draft model: token, position, slot."""
+        chunk = self.chunk
+        token, position = chunk.guesses[self.node], chunk.start + chunk.count + len(self.tokens)
+        self.tokens.append(token)
+        return token, position, slot(chunk.sequence.pages, position, page_size)
+
+    def close(self) -> None:
+        """Its grammar stands again where the answer does."""
+        if self.guide:
+            self.guide.go_back(self._accepted)

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Row
 
 import torch
 
-from llmkernels.engine.scheduler import Chunk, Sequence
+from llmkernels.engine.sequence import Chunk, Sequence
 
 
 class BlockTable:

@@ -13,6 +13,7 @@ import tokenizers
 from llmkernels.structured import process
 from llmkernels.structured.masks import Guide, library
 from llmkernels.structured.structure import Structure
+from llmkernels.structured.utf8 import Characters
 
 MOST_KEPT = 256  # compiled grammars
 
@@ -33,11 +34,13 @@ class Grammars:
         self._alive: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()  # longer than kept, if in use
         self._process: Any = None
         self._info: Any = None
+        self._characters: Characters | None = None
         self._busy = threading.Lock()
 
     def guide(self, grammar: Any, stop: frozenset[int]) -> Guide:
         """A new answer's way through a compiled grammar.  stop: tokens that end the texts of its request."""
-        return Guide(grammar, self._stop | (stop & self._special), self._tokenizer)
+        assert self._characters  # since the first grammar was compiled
+        return Guide(grammar, self._stop | (stop & self._special), self._tokenizer, self._characters)
 
     def compiled(self, structure: Structure) -> Any:
         """The compiled grammar, maybe after seconds.
@@ -68,6 +71,7 @@ class Grammars:
         xgrammar = library()
         if self._info is None:
             self._info = self._tokenizer_info()
+            self._characters = Characters(self._info.decoded_vocab, self._stop | self._special)
         compiler: Any = self._process
         if compiler is None or compiler.poll() is not None:
             command = [sys.executable, "-c", f"from {process.__name__} import main; main()"]
