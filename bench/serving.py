@@ -1,8 +1,10 @@
 """`llmkernels serve` under load beside llama.cpp and transformers: the same weights, requests, threads, machine.
 
     python bench/serving.py --quick             the shipped checkpoint, 1 and 16 at once; two minutes
-    python bench/serving.py --json FILE         both models, bfloat16 and 4 bits, 1 to 32 at once; about twelve minutes
+    python bench/serving.py --json FILE         both models, bfloat16 and 4 bits, 1 to 32 at once; some twenty minutes
 
+In parts, --model, --weights, --engine and --at say which; rows of a FILE that is there already are kept, but for those
+that are measured anew.
 Ours is measured as its users have it, over HTTP with streaming, and once more without HTTP.  The peers run without:
 llama.cpp's C functions in a continuous batching loop, since the server that llama-cpp-python ships answers one request
 at a time, and transformers' continuous batching.  What the ratios say of our server is therefore no flattery.
@@ -13,7 +15,6 @@ text from the shipped checkpoint in float32.  `make peers` installs llama.cpp.
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -51,11 +52,13 @@ LLAMA = {  # 0.51 billion parameters
 }
 # How ours rounds, and what llama.cpp calls the nearest it has; both multiply 4-bit weights with 8-bit activations.
 FOUR_BITS = {"quantize": "w4a8_g128", "quantize_head": "w8a16"}
+ENGINES = ("llmkernels serve", "llmkernels", "llama.cpp", "transformers")
 PLANS = {  # model, weights, at once, requests a client
     "full": [
         (SHIPPED, "bfloat16", (1, 4, 16, 32), 6),
-        (RANDOM, "bfloat16", (1, 16), 2),
-        (RANDOM, "4 bits", (1, 16), 2),
+        (SHIPPED, "4 bits", (1, 4, 16, 32), 6),
+        (RANDOM, "bfloat16", (1, 4, 16, 32), 2),
+        (RANDOM, "4 bits", (1, 4, 16, 32), 2),
     ],
     "quick": [(SHIPPED, "bfloat16", (1, 16), 6)],
 }
@@ -65,27 +68,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two minutes")
     parser.add_argument("--model", choices=(SHIPPED, RANDOM), help="only this one")
-    parser.add_argument("--json", type=Path, help="write the report there")
+    parser.add_argument("--weights", choices=("bfloat16", "4 bits"), help="only these")
+    parser.add_argument("--engine", choices=ENGINES, help="only this one; the others were found to agree before")
+    parser.add_argument("--at", type=int, nargs="+", help="only with so many clients at once")
+    parser.add_argument("--json", type=Path, help="write the report there, or into it")
     options = parser.parse_args()
     os.environ |= {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-    start, rows = time.monotonic(), []
-    check()
-    for model, weights, concurrency, per_client in PLANS["quick" if options.quick else "full"]:
-        if options.model in (None, model):
-            for row in measure(model, weights, concurrency, per_client):
-                rows.append(row)
+    start, rows = time.monotonic(), known(options.json)
+    if not options.engine:
+        check()
+    for model, weights, rates, per_client in PLANS["quick" if options.quick else "full"]:
+        at = tuple(count for count in rates if not options.at or count in options.at)
+        engines = [options.engine] if options.engine else [e for e in ENGINES if runs(e, weights)]
+        for engine in engines if options.model in (None, model) and options.weights in (None, weights) and at else ():
+            for row in measure(engine, model, weights, at, per_client):
+                rows[key(row)] = row
                 show(row, time.monotonic() - start)
-    compare(rows)
+    compare([*rows.values()])
     if options.json:
         report = {
             "device": roofline.device_name(),
             "threads": THREADS,
             "versions": status.versions(),
-            "command": shlex.join(["python", "bench/serving.py", *sys.argv[1:]]),
+            "command": "python bench/serving.py --json FILE, whole or in parts",
             "recorded": time.strftime("%Y-%m-%d"),
         }
-        text = ",\n".join(json.dumps(row) for row in rows)
+        text = ",\n".join(json.dumps(rows[name]) for name in sorted(rows))
         options.json.write_text(json.dumps(report)[:-1] + ', "rows": [\n' + text + "\n]}\n")
+
+
+def known(report: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of a report that is there."""
+    rows = json.loads(report.read_text())["rows"] if report and report.exists() else []
+    return {key(row): row for row in rows}
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["weights"], row["concurrency"], ENGINES.index(row["engine"])
+
+
+def runs(engine: str, weights: str) -> bool:
+    return engine != "transformers" or weights != "4 bits"
 
 
 def folder() -> Path:
@@ -180,23 +203,26 @@ def check() -> None:
             raise SystemExit(f"{engine} and llmkernels disagree on {SHIPPED} in float32; nothing was timed")
 
 
-def measure(model: str, weights: str, concurrency: tuple[int, ...], per_client: int) -> Iterator[dict[str, Any]]:
-    facts = {"model": model, "weights": weights}
-    flags = ["--dtype", weights]
-    if weights == "4 bits":
-        flags = ["--quantize", FOUR_BITS["quantize"], "--quantize-head", FOUR_BITS["quantize_head"]]
-    flags += ["--device", "cpu", "--max-length", str(CONTEXT)]
-    with serving.started(str(checkpoint(model)), *flags) as url:
-        for row in serving.measure(
-            url, concurrency, vocab=vocabulary(model), per_client=per_client, seen=lambda *at: say(f"{model}: {at}")
-        ):
-            yield facts | {"engine": "llmkernels serve"} | row
+def measure(
+    engine: str, model: str, weights: str, concurrency: tuple[int, ...], per_client: int
+) -> Iterator[dict[str, Any]]:
+    facts = {"model": model, "weights": weights, "engine": engine}
+    say(f"{model}, {weights}: {engine}")
+    if engine == "llmkernels serve":
+        flags = ["--dtype", weights]
+        if weights == "4 bits":
+            flags = ["--quantize", FOUR_BITS["quantize"], "--quantize-head", FOUR_BITS["quantize_head"]]
+        flags += ["--device", "cpu", "--max-length", str(CONTEXT)]
+        with serving.started(str(checkpoint(model)), *flags) as url:
+            for row in serving.measure(
+                url, concurrency, vocab=vocabulary(model), per_client=per_client, seen=lambda *at: say(f"{model}: {at}")
+            ):
+                yield facts | row
+        return
     rates = [{"concurrency": count, "requests": requests(model, count, per_client)} for count in concurrency]
-    for engine in ("llmkernels", "llama.cpp", *(["transformers"] if weights != "4 bits" else [])):
-        say(f"{model}, {weights}: {engine}")
-        for row in run(engine, work(model, weights, rates)):
-            del row["answers"]
-            yield facts | {"engine": engine} | row
+    for row in run(engine, work(model, weights, rates)):
+        del row["answers"]
+        yield facts | row
 
 
 def run(engine: str, task: dict[str, Any]) -> Iterator[dict[str, Any]]:

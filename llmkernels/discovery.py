@@ -78,6 +78,14 @@ def package(backend: str) -> ModuleType:
     return import_module(backends()[backend])
 
 
+def cache_axes(backend: str | None) -> tuple[int, ...]:
+    """In which order the backend likes the axes of a KV cache in memory, outermost first.
+
+    A backend states it by CACHE_AXES, a permutation of [pages page_size kv_heads dim]; the default is their own order.
+    """
+    return getattr(package(backend), "CACHE_AXES", (0, 1, 2, 3)) if backend not in (None, REFERENCE) else (0, 1, 2, 3)
+
+
 @functools.cache
 def absent(backend: str) -> Refusal | None:
     """Why this machine cannot use `backend` at all; None when it can."""

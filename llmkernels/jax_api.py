@@ -32,7 +32,7 @@ from llmkernels import ledger
 from llmkernels import ops as _ops  # noqa: F401  declares them
 from llmkernels.arrays import is_array, to_torch
 from llmkernels.contract import Contract
-from llmkernels.discovery import REFERENCE, package
+from llmkernels.discovery import REFERENCE, cache_axes
 from llmkernels.quant.weight import PARTS, QuantizedWeight
 from llmkernels.registry import OPS, Choice, Op
 from llmkernels.settings import Settings, current
@@ -55,7 +55,7 @@ def allocate_cache(
         sharding: where the cache lies; None is the default device.
         backend: states its order by CACHE_AXES, outermost axis first; without it the cache is in jax's own order.
     """
-    order = getattr(package(backend), "CACHE_AXES", (0, 1, 2, 3))
+    order = cache_axes(backend)
     place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     zeros = partial(jax.numpy.zeros, (pages, page_size, kv_heads, dim), dtype)
     return jax.jit(zeros, out_shardings=Format(Layout(major_to_minor=order), place))()

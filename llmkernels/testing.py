@@ -15,6 +15,7 @@ import multiprocessing
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -72,23 +73,31 @@ def conform(
         raise ValueError(f"jobs is {jobs} on {device}; several processes at once are for the CPU")
     if backend != REFERENCE and not emulate and (why := absent(backend)):
         raise ValueError(f"{backend} cannot be used here: {why}")
-    if emulate:
-        with emulated(backend):
-            yield from conform(backend, op, dtype, case, device, jobs=jobs)
-        return
     without = missing(backend, op)
     asked = [call for call in calls(op, dtype, case) if call[0].name not in without]
-    if jobs == 1:
-        for call in asked:
-            yield check(*call, backend, device)
-        return
-    if backend != REFERENCE:
-        for entry in OPS.values():  # loaded once, before the processes part
-            implementation(backend, entry.name)
-    names = [(contract.name, kind, one.name) for contract, kind, one in asked]
-    forked = multiprocessing.get_context("fork")  # keeps an emulation that is on
-    with ProcessPoolExecutor(jobs, forked, torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(partial(_check_named, backend), names)
+    with emulated(backend) if emulate else nullcontext():
+        if jobs == 1:
+            for call in asked:
+                yield check(*call, backend, device)
+            return
+        names = [(contract.name, kind, one.name) for contract, kind, one in asked]
+        forks = backend == REFERENCE or getattr(package(backend), "FORKS", True)
+        if forks and backend != REFERENCE:
+            for entry in OPS.values():  # loaded once, before the processes part
+                implementation(backend, entry.name)
+        context = multiprocessing.get_context("fork" if forks else "spawn")
+        with ProcessPoolExecutor(jobs, context, _prepare, (None if forks or not emulate else backend,)) as pool:
+            yield from pool.map(partial(_check_named, backend), names)
+
+
+_emulations = ExitStack()  # of a process of its own, for as long as it lives
+
+
+def _prepare(emulating: str | None) -> None:
+    """One thread a process; the emulation that a forked one would have inherited."""
+    torch.set_num_threads(1)
+    if emulating:
+        _emulations.enter_context(emulated(emulating))
 
 
 def missing(backend: str, op: str | None = None) -> list[str]:

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from llmkernels.server.head import LimitedHead
+
 
 @contextmanager
 def served(app):
     """The address of `app`; afterwards its thread has ended, or that is an error."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, http=LimitedHead, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

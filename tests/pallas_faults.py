@@ -1,10 +1,11 @@
-"""Mistakes planted in the source of the ragged attention kernel, and whether the interpreted calls notice each one.
+"""Mistakes planted in the sources of the Pallas kernels, and whether interpreted calls notice each one.
 
     python tests/pallas_faults.py [NAME ...]      one JSON object: name -> what was noticed, null where nothing was
 
-Each fault copies backends/xla, changes a line, and runs small calls of pallas_calls.py in both modes of the interpreter
-until one is wrong.  Each has its own process and time limit: a copy that nobody starts is waited for without end.  That
-counts as not noticed, since a slow machine looks the same.
+Each fault copies backends/xla, changes a line, and runs small calls until one is wrong: those of pallas_calls.py in
+both modes of the interpreter, or cases of a contract, "op, dtype, part of their names".  Each has its own process and
+time limit: a copy that nobody starts is waited for without end.  That counts as not noticed, since a slow machine looks
+the same.
 """
 
 import json
@@ -22,11 +23,12 @@ PATIENCE = 120  # seconds
 
 @dataclass(frozen=True)
 class Fault:
-    """`old` becomes `new` in _attention.py; without `old` the block table names a page that does not exist."""
+    """`old` becomes `new` in a file; without `old` the block table names a page that does not exist."""
 
     calls: tuple[str, ...]
     old: str = ""
     new: str = ""
+    file: str = "_attention.py"
 
 
 FAULTS = {
@@ -53,6 +55,39 @@ FAULTS = {
         ("window",), "end <= position + 1\n", "end <= position + live\n"
     ),
     "the sum is not rescaled": Fault(("decode",), "total[held, part] = shrink * total", "total[held, part] = total"),
+    "write_kv waits for no tile": Fault(
+        ("write_kv, bfloat16, some tokens",), "        fetch(run, end)\n", "", "write_kv.py"
+    ),
+    "write_kv forgets the other slots of a word": Fault(
+        ("write_kv, bfloat16, some tokens",), "(words & kept) | new", "new", "write_kv.py"
+    ),
+    "write_kv takes a tile before it was written": Fault(
+        ("write_kv, bfloat16, a full cache",), "jnp.diff(slots // height) != 0", "slots[1:] >= 0", "write_kv.py"
+    ),
+    "one scale for two groups": Fault(
+        ("quantize_activation, float32, int8, 5 x 2048, group 64",),
+        "lane == first + i",
+        "lane == first",
+        "quantize_activation.py",
+    ),
+    "columns left over are not summed": Fault(
+        ("rms_norm, float32, rows=7-hidden=1000-residual=False",),
+        "join(rest, reduce(value",
+        "join(rest, 0 * reduce(value",
+        "_rows.py",
+    ),
+    "pairs are turned the other way": Fault(
+        ("rotary_embedding, float32, some tokens",), "(1, -1)", "(1, 1)", "rotary_embedding.py"
+    ),
+    "the adapter of another tile": Fault(
+        ("lora_gemm, float32, some rows",), "(used[t], j, 0)", "(used[0], j, 0)", "lora_gemm.py"
+    ),
+    "zero points of the group before": Fault(
+        ("quantized_gemm, float32, w4a16_g128_zp, 17 x",),
+        "taken = _stored_lane(kind, chunk.shape), _column(zeros, group)",
+        "taken = _stored_lane(kind, chunk.shape), _column(zeros, 0)",
+        "_product.py",
+    ),
 }
 
 
@@ -62,7 +97,7 @@ def main(names):
         fault = FAULTS[name]
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(ROOT / "backends" / "xla", Path(folder) / "xla")
-            plant(fault, Path(folder) / "xla" / "tpu" / "_attention.py")
+            plant(fault, Path(folder) / "xla" / "tpu" / fault.file)
             program = [sys.executable, __file__, "--run", folder, json.dumps(fault.calls), "" if fault.old else "page"]
             try:
                 done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -92,8 +127,18 @@ def run(folder, calls, page):
     backends.__path__.insert(0, folder)
     from pallas_calls import MODES, complaint
 
-    found = (complaint(name, mode, 999 if page else None) for name in calls for mode in MODES)
-    return next((what for what in found if what), None)
+    from llmkernels import testing
+
+    for name in calls:
+        if "," in name:
+            found = [
+                str(r) for r in testing.conform("xla", *name.split(", ", 2), emulate=True) if r.verdict == "failed"
+            ]
+        else:
+            found = [complaint(name, mode, 999 if page else None) for mode in MODES]
+        if what := next(filter(None, found), None):
+            return what
+    return None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """Beam search finds what transformers' does, and its beams share their pages."""
 
-import asyncio
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import llmkernels
 from llmkernels.engine import LLM, BeamParams, SamplingParams, shipped_model
-from llmkernels.engine.async_llm import AsyncLLM
 
 PROMPTS = ["The read() system call", "A package is", "NAME\n"]
 
@@ -75,28 +72,23 @@ def test_beams_among_others_in_small_memory_find_the_same(llm):
 
 
 def test_two_searches_and_a_request_at_once(llm):
-    """Through AsyncLLM, as the server asks; one is cancelled, and leaves nothing behind."""
+    """One is given up, and leaves nothing behind."""
     params = BeamParams(3, 12)
     alone = [[beam.tokens for beam in llm.beam_search(prompt, params)] for prompt in PROMPTS[:2]]
     text = llm.generate(PROMPTS[2], SamplingParams(max_tokens=30))[0].text
-
-    async def ask():
-        async with AsyncLLM(llm) as engine:
-            given_up = asyncio.create_task(engine.beam_search(PROMPTS[0], BeamParams(3, 90)))
-            found = await asyncio.gather(
-                *(engine.beam_search(prompt, params) for prompt in PROMPTS[:2]),
-                engine.generate(PROMPTS[2], SamplingParams(max_tokens=30)),
-            )
-            given_up.cancel()
-            with pytest.raises(ValueError, match="the prompt is empty"):
-                await engine.beam_search("")
-            return found
-
-    *beams, outputs = asyncio.run(ask())
-    assert [[beam.tokens for beam in some] for some in beams] == alone
-    assert outputs[0].text == text
+    given_up, *searches = [llm.add_beams(PROMPTS[0], BeamParams(3, 90))] + [
+        llm.add_beams(p, params) for p in PROMPTS[:2]
+    ]
+    (output,) = llm.add(PROMPTS[2], SamplingParams(max_tokens=30))
+    while output.finish_reason is None or any(search.beams is None for search in searches):
+        llm.step()
+    llm.abort_beams(given_up)
+    assert [[beam.tokens for beam in search.beams] for search in searches] == alone
+    assert output.text == text
     assert llm.stats()["pages_used"] == 0
     llm.check()
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        llm.add_beams("")
 
 
 def test_beams_share_the_pages_of_what_they_have_in_common(llm, monkeypatch):

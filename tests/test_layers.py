@@ -39,7 +39,7 @@ LAYERS = {
     "server": Layer(
         "server/*",
         "core quant ops frameworks structured engine",
-        "fastapi jinja2 prometheus_client pydantic starlette tokenizers",
+        "fastapi jinja2 prometheus_client pydantic starlette tokenizers uvicorn",
     ),
     "measuring": Layer(
         "roofline status bench/* crosscompile/*", "core quant ops frameworks kit", "torch numpy", ANYTHING

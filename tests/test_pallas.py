@@ -14,9 +14,9 @@ import pytest
 pytestmark = pytest.mark.skipif(not util.find_spec("jax"), reason="jax is not installed")
 QUICK = (
     "no wait for a copy",
-    "every copy into one buffer",
     "a page that does not exist",
     "the scale of the first head",
+    "write_kv waits for no tile",
 )
 
 

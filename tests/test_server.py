@@ -1,6 +1,8 @@
 """The server as OpenAI's own client sees it, over loopback."""
 
+import contextlib
 import json
+import socket
 import threading
 import time
 
@@ -11,6 +13,7 @@ from live_server import served
 
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams
+from llmkernels.engine.beam import BeamParams
 from llmkernels.server.app import create_app
 from llmkernels.server.chat import ChatTemplate
 from llmkernels.server.guard import MOST_BYTES
@@ -142,6 +145,22 @@ def test_a_stop_string_ends_a_stream(client, direct):
     assert pieces[-1].finish_reason == "stop"
 
 
+def test_beam_search_is_that_of_the_engine(client, http, direct):
+    more = {"use_beam_search": True, "length_penalty": 0.5, "early_stopping": "never"}
+    wish = {"model": NAME, "max_tokens": 8, "temperature": 0}
+    prompts = [PROMPT, "A package"]
+    answer = client.completions.create(prompt=prompts, n=2, best_of=3, extra_body=more, **wish)
+    found = [direct.beam_search(prompt, BeamParams(3, 8, 0.5, "never"))[:2] for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == [beam.text for beams in found for beam in beams]
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": "x"}], n=2, extra_body=more, **wish)
+    assert len(chat.choices) == 2
+    for field, words in (({"top_p": 0.5}, "top_p is given"), ({"temperature": 1}, "temperature is 1 with")):
+        refused = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 4, **more, **field})
+        assert refused.status_code == 400
+        assert words in refused.json()["error"]["message"]
+
+
 def test_a_second_turn_says_how_much_was_cached(client):
     prompt = "A prompt long enough to fill several pages of four tokens, and then some more of them."
     first, second = (client.completions.create(model=NAME, prompt=prompt, max_tokens=2) for _ in range(2))
@@ -193,6 +212,7 @@ METRICS = [
     *("running", "waiting", "pages_used", "pages_idle", "pages_empty", "preemptions_total", "prefix_hit_rate"),
     *("prefix_asked_tokens_total", "prefix_found_tokens_total", "guessed_tokens_total", "accepted_tokens_total"),
     *("prompt_tokens_total", "generated_tokens_total", "answers_total", "decode_replayed_steps_total"),
+    *("generated_tokens_per_second", "first_token_seconds_count", "next_token_seconds_count"),
     *("first_token_seconds_bucket", "next_token_seconds_bucket", "op_calls_total"),
 ]
 
@@ -214,7 +234,7 @@ WRONG = [
     ({"prompt": "x", "model": "gpt"}, "there is no model 'gpt'; this server has 'manual'"),
     ({"prompt": ""}, "the prompt is empty"),
     ({"prompt": []}, "prompt holds nothing"),
-    ({"prompt": ["x"] * 60, "n": 16}, "60 prompts with n=16; at most 128 choices"),
+    ({"prompt": ["x"] * 60, "n": 16}, "60 prompts with n=16; at most 128 answers"),
     ({"prompt": [10**6]}, "1000000 is not a token id"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": "word " * 3000}, "leave room for more"),
@@ -258,24 +278,34 @@ def test_bodies_that_are_no_requests(http):
     assert "error" in http.get("/nowhere").json()
 
 
+@pytest.mark.parametrize(
+    "head", [b"GET /health HTTP/1.1\r\nX: ", b"GET /", b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 9]
+)
+def test_a_head_without_end_is_cut_off(url, head):
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # a request before it changes nothing
+        assert b"200 OK" in connection.recv(1 << 16)
+        connection.sendall(head)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                connection.sendall(b"a" * 10_000)
+                time.sleep(0.001)
+            pytest.fail("a megabyte was taken")
+
+
 def test_a_failing_step_is_told_to_everybody_and_to_health(direct, monkeypatch):
-    import asyncio
-
-    from llmkernels.engine.async_llm import AsyncLLM, EngineStopped
-
+    lost = threading.Event()
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(direct, "step", lambda: 1 / 0)
-
-    async def scenario():
-        engine = AsyncLLM(direct)
+    with served(create_app(direct, NAME, lost=lost.set)) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
         for _ in range(2):  # the one that runs into it, and the one that comes later
-            with pytest.raises(EngineStopped) as caught:
-                await engine.generate("x")
-            assert isinstance(caught.value.__cause__, ZeroDivisionError)
-        engine._thread.join(5)
-        assert not engine.alive
-
-    asyncio.run(scenario())
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+            assert answer.status_code == 503
+            assert answer.json()["error"]["type"] == "server_error"
+        assert lost.wait(5)
+        assert httpx.get(f"{url}/health").status_code == 503
     assert direct.stats()["running"] == 0
 
 

@@ -71,6 +71,7 @@ def test_the_data_are_behind_the_key_and_hold_no_text(url, http):
     assert in_use * 4 >= request["computed"]
     assert sum(pages for _, pages, _ in status["tree"]) == status["tree_pages"]
     assert status["generated"] >= status["next_count"] >= 0
+    assert status["problem"] is None
 
 
 def test_a_fork_shares_pages_and_the_tree_shows_it(http):
@@ -121,6 +122,7 @@ def test_a_browser_shows_it(browser, url, http):
     }"""
     assert all(page.evaluate(shades, picture) > 2 for picture in ("rates", "nexts", "pages", "tree"))
     assert "pages empty" in page.get_attribute("#pages", "aria-label")
+    assert page.inner_text("#sum") == "every page accounted for"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 19, 22)"
     assert not wrong
     assert all(address.startswith((url, "data:")) for address in asked)

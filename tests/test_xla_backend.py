@@ -145,7 +145,25 @@ def test_explain_says_which_program_answers():
     assert mine.notes[1].startswith("on a TPU: Pallas, blocks of")
     assert mine.notes[1] in str(told)
     told = llmkernels.explain("silu_and_mul", x)
-    assert told.candidates[-2].notes[1] == "on a TPU: plain XLA; there is no Pallas kernel of this op"
+    assert told.candidates[-2].notes[1].startswith("on a TPU: plain XLA, which does as well")
+    told = llmkernels.explain("silu_and_mul", torch.randn(2048, 512))
+    assert told.candidates[-2].notes[1].startswith("on a TPU: Pallas, blocks of")
+
+
+def test_a_cache_in_another_order_is_refused_by_the_kernel_with_the_fix():
+    """On a TPU it would be copied whole in each call; traced arrays have no order yet."""
+    from llmkernels.backends.xla._program import kernel
+
+    k, slots = jnp.ones((2, 2, 128)), jnp.array([5, 6])
+
+    def refused(cache):
+        return [*kernel("write_kv").takes(k, k, cache, cache, slots, k_scale=None, v_scale=None)]
+
+    (one, _) = refused(jnp.zeros((3, 8, 2, 128)))
+    assert one[0] == "LAYOUT"
+    assert "allocate_cache" in one[2]
+    assert not refused(jax_api.allocate_cache(3, 8, 2, 128, jnp.float32))
+    assert not refused(jax.ShapeDtypeStruct((3, 8, 2, 128), jnp.float32))
 
 
 def test_few_programs_serve_many_shapes():
@@ -200,7 +218,7 @@ def test_a_program_for_tpus_is_lowered_without_one():
     exported = jax.export.export(jax.jit(decode), platforms=["tpu"])(q, k, cache, cache, table, ints, starts, ints)
     assert exported.platforms == ("tpu",)
     assert exported.out_avals[0].shape == (8, 256)
-    assert exported.mlir_module().count("tpu_custom_call") == 2, "attention and the product are Pallas kernels"
+    assert exported.mlir_module().count("tpu_custom_call") == 3, "all three are Pallas kernels"
 
 
 SHARDED = Path(__file__).parent / "xla_sharded.py"
@@ -216,11 +234,13 @@ def test_eight_devices_give_the_answer_of_one():
 
 
 def test_the_engine_writes_the_same_text():
-    llm, greedy = LLM(prefix_reuse=False), SamplingParams(temperature=0, max_tokens=6)
-    texts = []
-    for backend in ("cpu", "xla"):
+    greedy, texts = SamplingParams(temperature=0, max_tokens=6), []
+    for backend, order in (("cpu", (0, 1, 2, 3)), ("xla", (0, 2, 1, 3))):
         llmkernels.ledger.reset()
         with use(backend):
+            llm = LLM(prefix_reuse=False)
+            strides = llm._runner.cache.k[0].stride()
+            assert tuple(sorted(range(4), key=lambda axis: -strides[axis])) == order, "as CACHE_AXES has it"
             texts.append(llm.generate(["DESCRIPTION\nThe open() system call"], greedy)[0].text)
         assert {name for op in llmkernels.ledger.read().values() for name in op} == {backend}
     assert texts[0] == texts[1]

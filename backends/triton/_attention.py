@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ._bytes import decoded
+from ._ptx import after_previous
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,18 +35,20 @@ def attend(
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
     V_DIM: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, V_IN_K: tl.constexpr,
     SAME: tl.constexpr, WIDE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN_SCORES: tl.constexpr,
-    SHARES: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARES: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """q [tokens, heads, DIM], caches [pages, PAGE, kv_heads, DIM or V_DIM] -> out [tokens, heads, V_DIM] and lse.
 
     HEADS of the GROUP query heads of a KV head make a tile, with TOKENS = BLOCK_M // HEADS tokens.  DIM is read as
-    DIM_A + DIM_B channels.  Strides are in elements.  What is None is not there.  A score
+    DIM_A + DIM_B channels.  Strides are in elements.  What is None is not there.  Keys are read BLOCK_N at a time where
+    every row sees them, else EDGE, which divides BLOCK_N.  A score
     times `unit` is an exponent of 2: unit is log2 e, and where nothing stands between score and softmax, scale too.
     WIDE says that a cache reaches 2^31 elements or more, SAME that k_cache and v_cache have the same strides.
     """
+    after_previous(CHAINED)
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    ONE_PAGE: tl.constexpr = PAGE % BLOCK_N == 0
     TREE: tl.constexpr = tree is not None
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last tiles have most to do
     kv_head, split = tl.program_id(1) // PARTS, tl.program_id(2)
@@ -97,12 +100,14 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     for PHASE in tl.static_range(0 if LEFT else 1, 3):
         from_key = begin if PHASE == 0 else left_edge if PHASE == 1 else right_edge
-        for n in tl.range(from_key, left_edge if PHASE == 0 else right_edge if PHASE == 1 else end, BLOCK_N):
-            key = n + tl.arange(0, BLOCK_N)
+        to_key = left_edge if PHASE == 0 else right_edge if PHASE == 1 else end
+        of_block = tl.arange(0, BLOCK_N if PHASE == 1 else EDGE)  # masks take registers, so fewer keys at the edges
+        for n in tl.range(from_key, to_key, of_block.shape[0]):
+            key = n + of_block
             live = (key >= lo) & (key < hi)
-            if ONE_PAGE:
+            if PAGE % of_block.shape[0] == 0:
                 page = tl.load(table + n // PAGE)
-                slot = n % PAGE + tl.arange(0, BLOCK_N)
+                slot = n % PAGE + of_block
             else:
                 page = tl.load(table + key // PAGE, mask=live, other=0) if PHASE != 1 else tl.load(table + key // PAGE)
                 slot = key % PAGE
@@ -207,9 +212,10 @@ def _rows(start, live, channel, stride, EDGE: tl.constexpr, WIDTH: tl.constexpr,
 @triton.jit
 def combine(
     share_out, share_lse, sinks, out, lse, heads,
-    SHARES: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    SHARES: tl.constexpr, PADDED: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """share_out [tokens, heads, SHARES, V_DIM] and share_lse [tokens, heads, SHARES], base 2 -> out, lse."""
+    after_previous(CHAINED)
     head = tl.program_id(1)
     at = tl.program_id(0).to(tl.int64) * heads + head
     share = tl.arange(0, PADDED)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._codes import bytes_, nibbles, scales_of
 from ._launch import INTERPRETED, blocks, launch
+from ._ptx import after_previous
 
 
 def dequantized(form, dtype):
@@ -33,8 +34,10 @@ def dequantized(form, dtype):
 def _dequantize(
     values, scales, zeros, tops, dense, features, columns, values_row,
     KIND: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """values, scales, zeros: see _product.multiply -> dense [features, columns], contiguous."""
+    after_previous(CHAINED)
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     WIDTH: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
     feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -18,7 +18,7 @@ import triton.language as tl
 from ._codes import bytes_, nibbles, scales_of
 from ._epilogue import features_of, store
 from ._product import loaded
-from ._ptx import pairs
+from ._ptx import after_previous, pairs
 
 
 @triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
@@ -28,13 +28,14 @@ def multiply_few(
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
     FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Arguments as those of _product.multiply; rows <= BLOCK_M, and WIDE divides GROUP where that is not 0.
 
     STAGES is num_stages, said of the loop, so that scales too are copied to shared memory that many passes early: else
     each pass waits for its own.  What is a byte each cannot be copied so, and is read one pass early.
     """
+    after_previous(CHAINED)
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     ZEROS: tl.constexpr = zeros is not None
     SUM: tl.constexpr = tl.int32 if tl.int8 == DOT else tl.float32

@@ -7,6 +7,7 @@ hands float32 copies to an interpreted kernel, `computed` says in which dtype it
 rounding afterwards.  On a GPU all three leave things as they are.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -54,6 +55,12 @@ def blocks(n, size):
     return -(-n // size)
 
 
+@functools.cache
+def chains(device):
+    """Whether kernels may start while the one before still runs, and wait for it: _ptx.after_previous."""
+    return not INTERPRETED and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def launch(kernel, grid, x, *args, **options):
     """Start `kernel` on the device of x, on its current stream, unless the grid is empty.
 
@@ -62,7 +69,7 @@ def launch(kernel, grid, x, *args, **options):
     """
     if 0 in grid:
         return
-    options["enable_fp_fusion"] = True
+    options["enable_fp_fusion"], options["CHAINED"] = True, chains(x.device.index)
     if INTERPRETED:
         with np.errstate(all="ignore"):  # a GPU says nothing of overflows either
             kernel[grid](*args, **options)
@@ -81,7 +88,9 @@ def _start(kernel, grid, device, args, options):
     if torch.version.hip:  # there it also looks at how much memory lies behind a pointer
         kernel[grid](*args, **options)
         return
-    kind = (kernel, device, *map(_specialized, args), *options.values())
+    if options["CHAINED"]:
+        options["launch_pdl"] = True
+    kind = (kernel, device, *options.values(), *_specialized(args))
     compiled = _COMPILED.get(kind)
     if compiled is None:
         _COMPILED[kind] = kernel[grid](*args, **options)
@@ -90,10 +99,15 @@ def _start(kernel, grid, device, args, options):
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
 
-def _specialized(value):
+def _specialized(args):
     """What Triton compiles a kernel anew for: dtype and 16-byte alignment, an integer that is 1 or a multiple of 16."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if value == 1 else (value % 16 == 0, value.bit_length() < 32)
-    return value if value is None else type(value)
+    found = []  # in one pass, without a call for each of some 40 arguments
+    for value in args:
+        kind = type(value)
+        if kind is int:
+            found.append(value if value == 1 else (value % 16 == 0, -(2**31) <= value < 2**31))
+        elif value is None or kind is float or not isinstance(value, torch.Tensor):
+            found.append(kind)
+        else:
+            found.append((value.dtype, value.data_ptr() % 16 == 0))
+    return found

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ._codes import bytes_, nibbles, scales_of
 from ._epilogue import features_of, store
-from ._ptx import pairs
+from ._ptx import after_previous, pairs
 
 
 @triton.jit(do_not_specialize=["rows"])  # or every batch size would compile anew
@@ -31,7 +31,7 @@ def multiply(
     KIND: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, X_GROUPED: tl.constexpr, SCALE_ROWS: tl.constexpr,
     FACTOR: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """
     x             [rows, columns], unit stride along a row, in the order of the weight's stored columns; its values in
@@ -46,6 +46,7 @@ def multiply(
                   GATED, weight as [2, features / 2, columns], so that one block has rows of gates and of what they gate
     FACTOR        what every product is multiplied by besides
     """
+    after_previous(CHAINED)
     tile_m, tile_n = _tile(rows, features, BLOCK_M, BLOCK_N, BAND)
     share = tl.program_id(1)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -138,9 +139,10 @@ def multiply(
 @triton.jit(do_not_specialize=["rows"])
 def finish(
     parts, bias, y, rows, features,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """parts float32 [SPLIT, rows, features] -> y [rows, features]: the sums, in the order of the shares."""
+    after_previous(CHAINED)
     row = tl.program_id(1) + tl.arange(0, 1)
     feature = features_of(tl.program_id(0), features, GATED, BLOCK_N)
     z = tl.zeros([1, BLOCK_N], tl.float32)

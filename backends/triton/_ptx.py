@@ -102,3 +102,16 @@ def pairs(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constex
                 dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
             )  # fmt: skip
     return both
+
+
+@triton.jit
+def after_previous(CHAINED: tl.constexpr):
+    """The first line of every kernel: wait until what the kernel before wrote can be read.
+
+    CHAINED kernels are launched while the one before still runs (programmatic dependent launch, Hopper and later), so
+    that the way from one to the next is hidden: 0.4 to 1.3 us a kernel on an H100.  No kernel tells the next to start
+    before its own programs have ended: those of two small kernels would then crowd on the processors that are free,
+    and 16 rows of W4A16, 4096 x 4096, took 13.1 us instead of 7.8.
+    """
+    if CHAINED:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)

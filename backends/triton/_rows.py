@@ -15,6 +15,7 @@ import triton.language as tl
 from ._chip import chip_of
 from ._codes import e4m3
 from ._launch import INTERPRETED, blocks, launch, power, readable
+from ._ptx import after_previous
 from ._tuned import choose
 
 ONE_PASS = 16384  # columns; float32 in registers of 16 warps
@@ -80,9 +81,10 @@ def _prepare(
     x, residual, gain, shift, scale, permutation, y, kept, scales,
     rows, width, groups, x_row, x_column, residual_row, residual_column, eps,
     NORM: tl.constexpr, GROUP: tl.constexpr, ROUNDING: tl.constexpr, ONE: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """x, residual [rows / groups, width] -> y, kept the same and contiguous, scales [rows / groups, groups]."""
+    after_previous(CHAINED)
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = index < rows
     row, first, own = index, 0, width

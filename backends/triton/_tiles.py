@@ -49,7 +49,10 @@ def tiles_few(features, columns, kind, group, chip):
     deep = columns >= 8192  # long shares hide what it costs to add them
     short = wide < 64 and packed  # slices of a small group: more stages, so that as many bytes are on their way
     block_n = 16 if kind == "dense" else 32
-    block_n = 64 if features >= 64 * chip.processors else 32 if deep else block_n
+    if features >= 64 * chip.processors:
+        block_n = 64 if not packed or _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
+    elif deep:
+        block_n = 32
     block_n = 128 if INTERPRETED else min(block_n, 64 if large else 32)
     wanted = chip.processors * (2 if deep or short else 1)
     stages = 3 if kind == "dense" or packed else 5
@@ -58,6 +61,12 @@ def tiles_few(features, columns, kind, group, chip):
         "SPLIT": _split(blocks(features, block_n), wanted, columns, 4 * wide),
         "num_warps": 4, "num_stages": 2 if not large else 4 if short else stages,
     }  # fmt: skip
+
+
+def _busy(features, block_n, chip):
+    """The share of processors that have work when the last round of programs begins."""
+    count = blocks(features, block_n)
+    return count / (blocks(count, chip.processors) * chip.processors)
 
 
 def _split(count, wanted, columns, block_k):
@@ -84,7 +93,10 @@ def _many(rows, features, dot, group, chip):
     if blocks(rows, 128) * blocks(features, 256) < chip.processors:
         if group:  # a second set of sums takes registers
             return 128, 128, 128 if eight_bits else 64, 8, 8, 4
-        return (128, 128, 128, 8, 4, 4) if eight_bits else (128, 128, 64, 2, 8, 6)
+        if eight_bits:
+            return 128, 128, 128, 8, 4, 4
+        if blocks(rows, 128) * blocks(features, 128) <= chip.processors:  # else one round of larger tiles is sooner
+            return 128, 128, 64, 2, 8, 6
     if group:  # scales within the loop take registers
         return 128, 128, 128, 8, 8, 5 if eight_bits else 3
     return (128, 256, 128, 16, 8, 4) if eight_bits else (256, 128, 64, 8, 8, 4)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ._chip import chip_of
 from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device
+from ._ptx import after_previous
 from ._tuned import choose
 
 TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
@@ -73,9 +74,10 @@ def _tiles(rows, columns, rank, itemsize, chip):
 @triton.jit
 def _shrink(
     x, a, adapters, hidden, rows, columns, rank, count, x_row, x_column, a_adapter, a_rank, a_column,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """x [rows, columns], a [count, rank, columns] -> hidden float32 [SPLIT, rows, rank]."""
+    after_previous(CHAINED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     share = tl.program_id(1)
     mine = tl.load(adapters + row, mask=row < rows, other=-1)
@@ -103,12 +105,13 @@ def _shrink(
 @triton.jit
 def _expand(
     hidden, b, adapters, scales, y, rows, outputs, rank, count, b_adapter, b_output, b_rank, y_row, y_column,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """hidden float32 [SPLIT, rows, rank], b [count, outputs, rank] -> y [rows, outputs], in place.
 
     hidden is not rounded before its product with b, which is therefore one of float32; rank is small.
     """
+    after_previous(CHAINED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mine = tl.load(adapters + row, mask=row < rows, other=-1)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
+from ._ptx import after_previous
 
 TRAITS = {
     "deterministic": True,
@@ -38,9 +39,10 @@ def run(out_a, lse_a, out_b, lse_b):
 def _merge(
     out_a, lse_a, out_b, lse_b, out, lse, count, heads,
     a_token, a_head, a_channel, lse_a_token, lse_a_head, b_token, b_head, b_channel, lse_b_token, lse_b_head,
-    V_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    V_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """out_a, out_b [tokens, heads, V_DIM], lse_a, lse_b [tokens, heads] -> out, lse.  Strides in elements."""
+    after_previous(CHAINED)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, COLUMNS)
     token, head, inside = row // heads, row % heads, row < count

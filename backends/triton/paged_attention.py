@@ -51,6 +51,7 @@ def run(
         chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim,
         tree=tree_mask is not None,
     )  # fmt: skip
+    heuristic.setdefault("EDGE", heuristic["BLOCK_N"])
     tiles = choose(
         "paged_attention", q.device, heuristic, dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim,
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
@@ -103,7 +104,8 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree):
     """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
     wide = max(dim, v_dim)
     if INTERPRETED:
-        return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
+        edge = 128 if rows <= 16 else 64
+        return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "EDGE": edge, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
         block = 32 if wide <= 128 and not chip.rdna else 16
         return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 8, "num_stages": 1}
@@ -135,7 +137,8 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree):
     if chip.hopper:
         return {
             "BLOCK_M": 128,
-            "BLOCK_N": 64,  # 128 are 6 % faster in long prompts, but spill some registers
+            "BLOCK_N": 64,
+            "EDGE": 32,  # of a prompt's 64 diagonal keys a token sees half
             "num_warps": 8,
             "num_stages": 5 if wide <= 128 else 3,
         }

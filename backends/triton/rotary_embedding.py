@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
+from ._ptx import after_previous
 
 TRAITS = {
     "deterministic": True,
@@ -39,9 +40,10 @@ def _rotate(
     q, k, cos, sin, positions, q_out, k_out, heads, kv_heads, q_blocks,
     q_token, q_head, q_channel, k_token, k_head, k_channel, cos_row, cos_column, sin_row, sin_column,
     DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """q [tokens, heads, DIM], k [tokens, kv_heads, DIM] -> q_out, k_out, contiguous.  Strides in elements."""
+    after_previous(CHAINED)
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     pair = tl.arange(0, PAIRS)
     position = tl.load(positions + token)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ._chip import chip_of
 from ._launch import INTERPRETED, launch, power, readable, refuse_device
+from ._ptx import after_previous
 
 TRAITS = {
     "deterministic": True,
@@ -51,9 +52,10 @@ STAGES = tl.constexpr(8)  # blocks of logits on their way: one program has to ke
 @triton.jit
 def _draw(
     logits, uniform, temperature, top_k, top_p, min_p, tokens, vocab, row_stride, column_stride,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """logits [rows, vocab], the others [rows] or None -> tokens [rows]."""
+    after_previous(CHAINED)
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * row_stride
     top, greedy = _largest(start, vocab, column_stride, BLOCK)

@@ -7,6 +7,7 @@ import triton.language as tl
 from ._bytes import PLAIN, encoded, stored
 from ._chip import INTERPRETER
 from ._launch import INTERPRETED, blocks, launch, power, readable, refuse_device
+from ._ptx import after_previous
 
 TRAITS = {"deterministic": True, "batch_invariant": True, "graph_safe": True, "workspace_bytes": 0}
 
@@ -54,8 +55,10 @@ def _scatter(
     k_token, k_head, k_channel, v_token, v_head, v_channel,
     kc_page, kc_slot, kc_head, kc_channel, vc_page, vc_slot, vc_head, vc_channel, k_scale_head, v_scale_head,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """k [tokens, heads, DIM] -> k_cache [pages, PAGE, heads, DIM] at slots [tokens]; v alike.  Strides in elements."""
+    after_previous(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if (slot < 0) | (slot >= capacity):

@@ -19,6 +19,7 @@ ARRAYS = ("torch", "jax")
 DEVICES = ("cpu",)  # of torch tensors; jax arrays are where their program runs
 NATIVE = False  # XLA compiles for the chip at hand: what a first-use check would compile is compiled by no caller
 EMULATION = "Pallas's TPU interpreter"
+FORKS = False  # jax keeps threads, which a forked process does not have
 CACHE_AXES = (0, 2, 1, 3)  # of [pages page_size kv_heads dim], outermost first: tpu/paged_attention copies whole pages
 
 _emulated = False

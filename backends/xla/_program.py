@@ -34,7 +34,9 @@ def chosen(op, *arrays, **options):
         return PALLAS
     given = [x for x in jax.tree.leaves([arrays, options]) if isinstance(x, jax.Array)]
     traced = any(isinstance(x, jax.core.Tracer) for x in given)
-    if not given or kernel(op) is None or not (traced or _on_tpu(given[0])) or [*kernel(op).takes(*arrays, **options)]:
+    if not given or kernel(op) is None or not (traced or _on_tpu(given[0])):
+        return PLAIN
+    if [*kernel(op).takes(*arrays, **options)] or not _pays(op, *arrays, **options):
         return PLAIN
     return EITHER if traced else PALLAS
 
@@ -47,8 +49,15 @@ def notes(op, call):
         yield "on a TPU: plain XLA; there is no Pallas kernel of this op"
     elif refused := [*kernel(op).takes(**described)]:
         yield f"on a TPU: plain XLA; the Pallas kernel does not take it: {refused[0][1]}"
+    elif not _pays(op, **described):
+        yield "on a TPU: plain XLA, which does as well by itself for arrays of this size"
     else:
         yield f"on a TPU: Pallas, {kernel(op).plan(**described)}"
+
+
+def _pays(op, *arrays, **options):
+    """Whether the Pallas kernel is worth its launch, where XLA would fuse the op with others: its module says when."""
+    return getattr(kernel(op), "pays", lambda *_, **__: True)(*arrays, **options)
 
 
 class Program:

@@ -69,7 +69,8 @@ def started(*arguments: str) -> Iterator[str]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "llmkernels", "serve", *arguments, "--port", str(port)]
+    own = ("--port", str(port), "--no-access-log")  # nobody reads what it prints, and a full pipe would hold it up
+    command = [sys.executable, "-m", "llmkernels", "serve", *arguments, *own]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         _wait(process, port)

@@ -54,7 +54,7 @@ def compile_(
     if backend == "xla":
         from llmkernels.cli.compile_tpu import compile_tpu
 
-        compile_tpu(backend, target, op, jobs, against, load, keep, record, json)
+        compile_tpu(backend, target, op, every, jobs, against, load, keep, record, json)
         return
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; unset, Triton 3.9 warns of another to come
     from llmkernels import discovery, status

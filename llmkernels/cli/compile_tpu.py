@@ -9,14 +9,14 @@ from llmkernels.cli.screen import console, progress, show_json
 
 
 def compile_tpu(
-    backend: str, target: list[str] | None, op: str | None, jobs: int, against: Path | None, load: Path | None,
-    keep: Path | None, record: Path | None, json: bool,
+    backend: str, target: list[str] | None, op: str | None, every: bool, jobs: int, against: Path | None,
+    load: Path | None, keep: Path | None, record: Path | None, json: bool,
 ) -> None:  # fmt: skip
     """Compile for TPUs, print the table, and exit with 1 where something does not compile, spills or became worse."""
     from llmkernels import status
     from llmkernels.crosscompile import record as kept
     from llmkernels.crosscompile import tpu
-    from llmkernels.crosscompile.tpu_calls import calls
+    from llmkernels.crosscompile.tpu_calls import calls, chosen
 
     known = tpu.chips(backend)
     for name in target or ():
@@ -28,7 +28,8 @@ def compile_tpu(
         show_json({"rows": rows}) if json else _show(rows, targets, [])
         return
     old = kept.read(against, tpu.ROW) if against else None
-    asked = [(call, name) for call in calls() if op in (None, call.op) for name in targets]
+    pairs = ((call, name) for call in calls() for name in targets) if every else chosen(targets)
+    asked = [(call, name) for call, name in pairs if op in (None, call.op)]
     if not asked:
         raise ValueError(f"--op is {op!r}; compiled are calls of {', '.join(dict.fromkeys(c.op for c in calls()))}")
     rows = []

@@ -50,11 +50,12 @@ class Beam:
 
     tokens: the ids generated, a stop token included.
     score: the sum of their ln p while it is followed; that over length ** length_penalty once it has ended.
-    text: as Output.text, once it has ended.
+    text, finish_reason: as those of an Output, once it has ended.
     """
 
     tokens: list[int]
     score: float
+    finish_reason: str | None = None
     text: str = ""
 
 
@@ -85,7 +86,8 @@ def search(
         ended = [count == length or token in stop for _, _, token in ways]
         for (score, i, token), end in [*zip(ways, ended, strict=True)][: params.width]:
             if end and not (full and params.early_stopping is True):
-                finished.append(Beam([*beams[i].tokens, token], score / count**params.length_penalty))
+                reason = "stop" if token in stop else "length"
+                finished.append(Beam([*beams[i].tokens, token], score / count**params.length_penalty, reason))
         finished = sorted(finished, key=lambda beam: -beam.score)[: params.width]
         ways = [way for way, end in zip(ways, ended, strict=True) if not end][: params.width]
         if not ways:

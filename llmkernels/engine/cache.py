@@ -4,20 +4,24 @@ from collections.abc import Sequence
 
 import torch
 
+from llmkernels.discovery import cache_axes
 from llmkernels.engine.model import ModelConfig
+from llmkernels.settings import current
 
 
 class KVCache:
-    """The pages' memory: k[layer] and v[layer] are [pages page_size kv_heads dim].
+    """The pages' memory: k[layer] and v[layer] are [pages page_size kv_heads dim], whatever their order in memory.
 
+    The order is what the backend that was asked for states as its CACHE_AXES (discovery.cache_axes); else as the shape.
     k_scale[layer], v_scale[layer]: float32 [kv_heads], what int8 and FP8 caches are multiplied by; None for others.
     """
 
     def __init__(self, config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
+        axes = (0, *(1 + axis for axis in cache_axes(current().backend)))
         self.page_size = page_size
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k = torch.empty_permuted(shape, axes, dtype=dtype, device=device)
+        self.v = torch.empty_permuted(shape, axes, dtype=dtype, device=device)
         self.k_scale: list[torch.Tensor | None] = [None] * config.layers
         self.v_scale: list[torch.Tensor | None] = [None] * config.layers
 
@@ -29,10 +33,10 @@ class KVCache:
 
     def move(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Slots (source, destination), a slot being page * page_size + offset: all are read before any is written."""
-        sources, destinations = torch.tensor(pairs, device=self.k.device).unbind(1)
+        places = [[divmod(slot, self.page_size) for slot in pair] for pair in pairs]
+        (page, offset), (to_page, to_offset) = torch.tensor(places, device=self.k.device).permute(1, 2, 0)
         for held in (self.k.view(torch.uint8), self.v.view(torch.uint8)):
-            rows = held.flatten(1, 2)
-            rows[:, destinations] = rows[:, sources]
+            held[:, to_page, to_offset] = held[:, page, offset]
 
     def scales_from(self, sample: "KVCache", pages: int) -> None:
         """Set the scales so that the largest key and value in the first `pages` pages of `sample` just fit."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from llmkernels.engine.sampling import Chosen, SamplingParams
 from llmkernels.engine.sequence import Sequence as Request
@@ -90,7 +91,21 @@ class Output:
         return self.guide.forced() if self.guide and not asked and not self.finish_reason else []
 
 
-def best(outputs: Sequence[Output]) -> list[Output]:
+class Scored(Protocol):
+    """What `best` needs to know of an answer."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def score(self) -> float: ...
+
+
+AnAnswer = TypeVar("AnAnswer", bound=Scored)
+
+
+def best(outputs: Sequence[AnAnswer]) -> list[AnAnswer]:
     """Of the finished answers to one prompt the params.n that were asked for; of more, params.best_of, the best first.
 
     Those are the answers whose tokens have the highest ln p on average.

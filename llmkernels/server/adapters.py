@@ -37,10 +37,12 @@ def add_adapters(app: FastAPI, model: str, folder: Path, errors: dict[int | str,
             raise ValueError(f"lora_name is {model!r}, which is the model's own name; choose another")
         if "\0" in body.lora_path or not (path := (root / body.lora_path).resolve()).is_relative_to(root):
             raise ValueError("lora_path leads out of the server's adapter folder; give a directory in it")
-        await request.app.state.engine.ask(lambda llm: llm.load_adapter(body.lora_name, path))
+        engine = request.app.state.engine
+        engine.adapters = await engine.ask("load_adapter", body.lora_name, str(path))
         return PlainTextResponse(f"adapter {body.lora_name!r} is loaded\n")
 
     @app.post("/v1/unload_lora_adapter", responses=errors, response_class=PlainTextResponse)
     async def unload(body: UnloadAdapter, request: Request) -> PlainTextResponse:
-        await request.app.state.engine.ask(lambda llm: llm.unload_adapter(body.lora_name))
+        engine = request.app.state.engine
+        engine.adapters = await engine.ask("unload_adapter", body.lora_name)
         return PlainTextResponse(f"adapter {body.lora_name!r} is unloaded\n")

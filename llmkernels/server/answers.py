@@ -3,13 +3,14 @@
 import time
 import uuid
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from llmkernels.engine.output import Delta, Output
 from llmkernels.engine.tokenizer import BROKEN
 from llmkernels.server.protocol import PromptDetails, Usage
+from llmkernels.server.remote import Answer, Delta
 from llmkernels.server.tools import Reader, message, part_of
 
 
@@ -18,7 +19,7 @@ class Form:
 
     name: the model's, as the client knows it.
     calls: the texts hold calls of tools.
-    logprobs: they are told, where the outputs have them.
+    logprobs: they are told, where the answers have them.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer | None, chat: bool, calls: bool = False, logprobs: bool = True):
@@ -28,30 +29,33 @@ class Form:
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._begun: set[int] = set()
+        self._lengths: dict[int, int] = {}  # of the texts of a choice's tokens so far, for text_offset
 
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The response that is not streamed; a choice for each output, numbered as they come."""
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The response that is not streamed; a choice for each answer, numbered as they come."""
         choices = []
-        for index, output in enumerate(outputs):
-            choice = self._choice(index, output.finish_reason, self._logprobs(output, 0, len(output.tokens)))
+        for index, answer in enumerate(answers):
+            choice = self._choice(index, answer.finish_reason, self._logprobs(index, answer, 0, len(answer.tokens)))
             if self._calls:
-                choice["message"] = message(output.text)
-                if output.finish_reason == "stop" and "tool_calls" in choice["message"]:
+                choice["message"] = message(answer.text)
+                if answer.finish_reason == "stop" and "tool_calls" in choice["message"]:
                     choice["finish_reason"] = "tool_calls"
             elif self._chat:
-                choice["message"] = {"role": "assistant", "content": output.text, "refusal": None}
+                choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
             else:
-                choice["text"] = output.text
+                choice["text"] = answer.text
             choices.append(choice)
-        return self._envelope(choices, whole=True) | {"usage": usage(outputs).model_dump()}
+        return self._envelope(choices, whole=True) | {"usage": usage(answers).model_dump()}
 
-    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
-        """The chunk that tells of this delta of choice number `index`."""
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        """The chunk that tells of this delta of its choice."""
         end = delta.start + len(delta.tokens)
-        choice = self._choice(index, delta.finish_reason, self._logprobs(delta.output, delta.start, end))
+        choice = self._choice(
+            delta.number, delta.finish_reason, self._logprobs(delta.number, delta.answer, delta.start, end)
+        )
         if self._chat:
-            role = {} if index in self._begun else {"role": "assistant"}
-            self._begun.add(index)
+            role = {} if delta.number in self._begun else {"role": "assistant"}
+            self._begun.add(delta.number)
             choice["delta"] = role | (self._called(choice, delta) if self._calls else {"content": delta.text})
         else:
             choice["text"] = delta.text
@@ -70,9 +74,9 @@ class Form:
             choice["finish_reason"] = "tool_calls"
         return found
 
-    def last(self, outputs: Sequence[Output]) -> dict[str, Any]:
+    def last(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The chunk without choices that ends a stream whose client wants its usage."""
-        return self._envelope([], whole=False) | {"usage": usage(outputs).model_dump()}
+        return self._envelope([], whole=False) | {"usage": usage(answers).model_dump()}
 
     def _envelope(self, choices: list[dict[str, Any]], whole: bool) -> dict[str, Any]:
         kind = "text_completion" if not self._chat else "chat.completion" if whole else "chat.completion.chunk"
@@ -82,12 +86,12 @@ class Form:
     def _choice(index: int, reason: str | None, logprobs: Any) -> dict[str, Any]:
         return {"index": index, "finish_reason": reason, "logprobs": logprobs}
 
-    def _logprobs(self, output: Output, start: int, end: int) -> dict[str, Any] | None:
-        """Those of tokens start to end; None where nobody asked."""
-        if not output.params.logprobs or not self._told:
+    def _logprobs(self, index: int, answer: Answer, start: int, end: int) -> dict[str, Any] | None:
+        """Those of tokens start to end, which are the next ones of choice `index`; None where nobody asked."""
+        if not answer.params.logprobs or not self._told:
             return None
-        tokens, own = output.tokens[start:end], output.logprobs[start:end]
-        tops = output.top_logprobs[start:end] if output.params.top_logprobs else [{} for _ in tokens]
+        tokens, own = answer.tokens[start:end], answer.logprobs[start:end]
+        tops = answer.top_logprobs[start:end] if answer.params.top_logprobs else [{} for _ in tokens]
         if self._chat:
             rows = zip(tokens, own, tops, strict=True)
             content = [
@@ -96,12 +100,13 @@ class Form:
             ]
             return {"content": content, "refusal": None}
         texts = [self._text(token) for token in tokens]
-        ends = [len(self._text(token)) for token in output.tokens[:end]]
+        before = self._lengths.get(index, 0)
+        *offsets, self._lengths[index] = accumulate(map(len, texts), initial=before)
         return {
             "tokens": texts,
             "token_logprobs": own,
             "top_logprobs": [{self._text(token): value for token, value in top.items()} for top in tops],
-            "text_offset": [sum(ends[:i]) for i in range(start, end)],
+            "text_offset": offsets,
         }
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:
@@ -112,13 +117,13 @@ class Form:
         return self._tokenizer.decode([token], skip_special_tokens=False) if self._tokenizer else str(token)
 
 
-def usage(outputs: Sequence[Output]) -> Usage:
+def usage(answers: Sequence[Answer]) -> Usage:
     """Tokens read and written; a prompt counts once, however many answers it has."""
-    firsts = [output for output in outputs if output.index == 0]
-    prompt, written = sum(len(o.prompt_tokens) for o in firsts), sum(len(o.tokens) for o in outputs)
+    firsts = [answer for answer in answers if answer.index == 0]
+    prompt, written = sum(a.prompt for a in firsts), sum(len(a.tokens) for a in answers)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=written,
         total_tokens=prompt + written,
-        prompt_tokens_details=PromptDetails(cached_tokens=sum(o.cached_tokens for o in firsts)),
+        prompt_tokens_details=PromptDetails(cached_tokens=sum(a.cached_tokens for a in firsts)),
     )

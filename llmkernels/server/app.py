@@ -1,9 +1,12 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; others have their own files."""
+"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics; others have their own files.
+
+The engine runs elsewhere: in a process of its own, or, for tests, in a thread; see remote.py and host.py.
+"""
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,25 +17,26 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from tokenizers import Tokenizer
 
-from llmkernels.engine.async_llm import AsyncLLM, EngineStopped
-from llmkernels.engine.intake import Prompt
 from llmkernels.engine.llm import LLM
-from llmkernels.engine.output import Delta, Output, best
+from llmkernels.engine.output import best
 from llmkernels.engine.sampling import SamplingParams
 from llmkernels.server.adapters import add_adapters
 from llmkernels.server.answers import Form, usage
 from llmkernels.server.chat import ChatTemplate
-from llmkernels.server.embeddings import add_embeddings
+from llmkernels.server.embeddings import add_embeddings, tokens
 from llmkernels.server.guard import Guard, error
 from llmkernels.server.metrics import Metrics
 from llmkernels.server.openapi import ERRORS, ChatCompletion, Completion, describe, streamed, text
 from llmkernels.server.protocol import ChatRequest, CompletionRequest, Model, ModelList, Sampling
+from llmkernels.server.remote import Answer, Delta, Engine, EngineStopped, Process, running
 from llmkernels.server.status import add_status
 from llmkernels.server.tools import instructions
 from llmkernels.server.tools import structure as tool_structure
 
 MOST_CHOICES = 128  # prompts times n
+SHORT = 2000  # characters that are tokenized at once; more are, while others are answered
 
 
 class Refused(Exception):
@@ -47,27 +51,30 @@ class Gone(Exception):
 
 
 def create_app(
-    llm: LLM,
+    source: LLM | Process,
     name: str,
     *,
     template: ChatTemplate | None = None,
     api_key: str | None = None,
     adapter_folder: Path | None = None,
+    lost: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """An ASGI application that owns `llm` while it runs.
+    """An ASGI application that owns the engine while it runs.
 
     Args:
+        source: the engine's process, which ends with the application; or an LLM, to be run in a thread.
         name: what clients call the model.
         template: how a chat becomes a prompt; without one, chat is refused.
         api_key: every route but / and /health demands it.
         adapter_folder: where clients may have adapters loaded from; None: they may not.
+        lost: called when the engine has failed; requests are answered with 503 from then on.
     """
-    metrics = Metrics(llm)
+    metrics, tokenizer = Metrics(), source.tokenizer
     started = int(time.time())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncLLM(llm, metrics.observe) as engine:
+        async with running(source, metrics.observe, lost) as engine:
             app.state.engine = engine
             yield
 
@@ -75,42 +82,72 @@ def create_app(
     app.add_middleware(Guard, api_key=api_key)
     _errors(app)
 
+    def engine() -> Engine:
+        running: Engine = app.state.engine
+        return running
+
     def known(model: str | None) -> str | None:
         """The adapter that a request means by `model`, if it is not the model itself."""
         if model in (None, name):
             return None
-        if model not in llm.adapters:
-            have = ", ".join(repr(known) for known in (name, *llm.adapters))
+        if model not in engine().adapters:
+            have = ", ".join(repr(known) for known in (name, *engine().adapters))
             raise Refused(404, f"there is no model {model!r}; this server has {have}", "model", "model_not_found")
         return model
 
+    async def respond(
+        request: Request,
+        body: Sampling,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        form: Form,
+        adapter: str | None,
+    ) -> Response:
+        """Run the prompts and answer, whole or in a stream."""
+        if body.use_beam_search:
+            return JSONResponse(form.whole(await _unless_gone(request, search(body, prompts, params, adapter))))
+        if body.stream and params.answers > params.n:
+            raise Refused(400, f"best_of is {params.best_of} with stream; give n, or leave stream out", "best_of")
+        news = engine().generate(prompts, params, salt=body.cache_salt, adapter=adapter)
+        if not body.stream:
+            answers = await _unless_gone(request, _collect(news))
+            groups = [answers[i : i + params.answers] for i in range(0, len(answers), params.answers)]
+            chosen = [answer for group in groups for answer in best(group)]
+            return JSONResponse(form.whole(chosen) | {"usage": usage(answers).model_dump()})
+        first = await anext(news)  # what is wrong with the request is told as an error, not in a stream
+        wanted = bool(body.stream_options and body.stream_options.include_usage)
+        return StreamingResponse(_events(first, news, form, wanted), media_type="text/event-stream")
+
+    async def search(
+        body: Sampling, prompts: Sequence[list[int]], params: SamplingParams, adapter: str | None
+    ) -> list[Answer]:
+        """What beam search finds for each prompt."""
+        wish = body.beams(params)
+        searches = [engine().beams(prompt, wish, body.cache_salt, adapter) for prompt in prompts]
+        return [
+            Answer(params, len(prompt), index, beam.text, beam.tokens, finish_reason=beam.finish_reason)
+            for prompt, beams in zip(prompts, await asyncio.gather(*searches), strict=True)
+            for index, beam in enumerate(beams[: params.n])
+        ]
+
     @app.post("/v1/completions", responses=streamed(Completion), response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        adapter = known(body.model)
-        prompts = body.prompts()
-        if not prompts:
+        adapter, given = known(body.model), body.prompts()
+        if not given:
             raise Refused(400, "prompt holds nothing; give at least one", "prompt")
-        if len(prompts) * body.n > MOST_CHOICES:
-            raise Refused(400, f"{len(prompts)} prompts with n={body.n}; at most {MOST_CHOICES} choices", "n")
-        form = Form(adapter or name, llm.tokenizer, chat=False, logprobs=body.logprobs is not None)
-        params = body.params(body.max_tokens, body.logprobs)
-        if body.best_of is None or body.best_of == body.n:
-            return await _respond(request, body, prompts, params, form, adapter)
-        if body.stream or body.best_of < body.n or len(prompts) * body.best_of > MOST_CHOICES:
-            most = MOST_CHOICES // len(prompts)
-            limits = f"with {len(prompts)} prompts at most {most}, at least n, and not with stream"
-            raise Refused(400, f"best_of is {body.best_of}; give {limits}", "best_of")
-        more = replace(params, best_of=body.best_of)
-        news = request.app.state.engine.batches(prompts, more, salt=body.cache_salt, adapter=adapter)
-        outputs = await _unless_gone(request, _collect(news))
-        groups = [outputs[i : i + body.best_of] for i in range(0, len(outputs), body.best_of)]
-        chosen = [output for group in groups for output in best(group)]
-        return JSONResponse(form.whole(chosen) | {"usage": usage(outputs).model_dump()})
+        if len(given) * max(body.n, body.best_of or 1) > MOST_CHOICES:
+            count = f"n={body.n}" if body.best_of is None else f"best_of={body.best_of}"
+            words = f"{len(given)} prompts with {count}; at most {MOST_CHOICES} answers are computed for a request"
+            raise Refused(400, words, "n" if body.best_of is None else "best_of")
+        prompts = await token_ids(tokenizer, given)
+        form = Form(adapter or name, tokenizer, chat=False, logprobs=body.logprobs is not None)
+        params = replace(body.params(body.max_tokens, body.logprobs), best_of=body.best_of)
+        return await respond(request, body, prompts, params, form, adapter)
 
     @app.post("/v1/chat/completions", responses=streamed(ChatCompletion), response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         adapter = known(body.model)
-        if template is None or llm.tokenizer is None:
+        if template is None or tokenizer is None:
             raise Refused(400, f"{name!r} has no chat template; use /v1/completions", "messages", "no_chat_template")
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused(400, "top_logprobs is given without logprobs; set logprobs to true", "top_logprobs")
@@ -122,37 +159,40 @@ def create_app(
                 messages = [{"role": "system", "content": instructions(tools)}, *messages]
         described = [tool.model_dump(exclude_none=True) for tool in tools] if choice != "none" else None
         written = await asyncio.to_thread(template.prompt, messages, described)
-        prompt = llm.tokenizer.encode(written, add_special_tokens=False).ids
-        room = max(1, llm.max_length - len(prompt))
+        prompt = await asyncio.to_thread(lambda: tokenizer.encode(written, add_special_tokens=False).ids)
+        room = max(1, engine().facts.max_length - len(prompt))
         most, logprobs = body.max_completion_tokens or body.max_tokens or room, body.top_logprobs or 0
         params = body.params(most, logprobs if body.logprobs else None, structure)
-        form = Form(adapter or name, llm.tokenizer, chat=True, calls=structure is not None)
-        return await _respond(request, body, [prompt], params, form, adapter)
+        form = Form(adapter or name, tokenizer, chat=True, calls=structure is not None)
+        return await respond(request, body, [prompt], params, form, adapter)
 
     @app.get("/v1/models", responses=ERRORS)
     async def models() -> ModelList:
-        return ModelList(data=[Model(id=known, created=started) for known in (name, *llm.adapters)])
+        return ModelList(data=[Model(id=known, created=started) for known in (name, *engine().adapters)])
 
     @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def one_model(model: str) -> Model:
         return Model(id=known(model) or name, created=started)
 
     @app.get("/health", responses={200: text(), 503: ERRORS[503]}, response_class=PlainTextResponse)
-    async def health(request: Request) -> PlainTextResponse:
-        if not request.app.state.engine.alive:
+    async def health() -> PlainTextResponse:
+        if not engine().alive:
             raise Refused(503, "the engine has stopped; restart the server")
         return PlainTextResponse("ok\n")
 
     @app.get("/metrics", responses=ERRORS | {200: text()}, response_class=PlainTextResponse)
     async def prometheus() -> Response:
+        metrics.counters = await engine().ask("counters")
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def run(request: Request, prompts: Sequence[Prompt], params: SamplingParams, *wishes: Any) -> list[Output]:
+    async def run(request: Request, prompts: Sequence[list[int]], params: SamplingParams, *wishes: Any) -> list[Answer]:
         salt, used = wishes
-        news = request.app.state.engine.batches(prompts, params, salt=salt, adapter=used)
-        return await _unless_gone(request, _collect(news))
+        found: list[Answer] = await _unless_gone(
+            request, _collect(engine().generate(prompts, params, salt=salt, adapter=used))
+        )
+        return found
 
-    add_embeddings(app, llm, name, known, run, ERRORS)
+    add_embeddings(app, tokenizer, name, known, run, ERRORS)
     if adapter_folder is not None:
         add_adapters(app, name, adapter_folder, ERRORS | {200: text()})
     add_status(app, name, metrics, ERRORS)
@@ -160,30 +200,25 @@ def create_app(
     return app
 
 
-async def _respond(
-    request: Request,
-    body: Sampling,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    form: Form,
-    adapter: str | None,
-) -> Response:
-    """Run the prompts, params.n answers to each, and answer whole or in a stream."""
-    news = request.app.state.engine.batches(prompts, params, salt=body.cache_salt, adapter=adapter)
-    if not body.stream:
-        outputs = await _unless_gone(request, _collect(news))
-        return JSONResponse(form.whole(outputs))
-    first = await anext(news)  # what is wrong with the request is told as an error, not in a stream
-    wanted = bool(body.stream_options and body.stream_options.include_usage)
-    return StreamingResponse(_events(first, news, form, wanted), media_type="text/event-stream")
+async def token_ids(tokenizer: Tokenizer | None, given: Sequence[str | list[int]]) -> list[list[int]]:
+    """Prompts as the model reads them.  ValueError: an empty one, or a text without a tokenizer."""
+
+    def ids(prompt: str | list[int]) -> list[int]:
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        return tokens(tokenizer, prompt)
+
+    if sum(len(prompt) for prompt in given if isinstance(prompt, str)) < SHORT:
+        return [*map(ids, given)]
+    return await asyncio.to_thread(lambda: [*map(ids, given)])
 
 
-async def _collect(news: AsyncGenerator[list[tuple[int, Delta]], None]) -> list[Output]:
-    outputs: dict[int, Output] = {}
+async def _collect(news: AsyncGenerator[list[Delta], None]) -> list[Answer]:
+    answers: dict[int, Answer] = {}
     async with aclosing(news):
         async for some in news:
-            outputs |= {number: delta.output for number, delta in some}
-    return [outputs[number] for number in sorted(outputs)]
+            answers |= {delta.number: delta.answer for delta in some}
+    return [answers[number] for number in sorted(answers)]
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:
@@ -206,16 +241,16 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 
 
 async def _events(
-    first: list[tuple[int, Delta]], rest: AsyncGenerator[list[tuple[int, Delta]], None], form: Form, usage: bool
+    first: list[Delta], rest: AsyncGenerator[list[Delta], None], form: Form, usage: bool
 ) -> AsyncGenerator[str, None]:
     """Server-sent events, those of a step in one piece; the usage last, if wanted, and then [DONE]."""
-    outputs: dict[int, Output] = {}
+    answers: dict[int, Answer] = {}
     async with aclosing(rest):
         some = first
         try:
             while True:
-                outputs |= {number: delta.output for number, delta in some}
-                yield "".join([_event(form.chunk(number, delta)) for number, delta in some])
+                answers |= {delta.number: delta.answer for delta in some}
+                yield "".join([_event(form.chunk(delta)) for delta in some])
                 some = await anext(rest)
         except StopAsyncIteration:
             pass
@@ -223,7 +258,7 @@ async def _events(
             yield _event(error(str(failure), "server_error"))
             return
     if usage:
-        yield _event(form.last([outputs[number] for number in sorted(outputs)]))
+        yield _event(form.last([answers[number] for number in sorted(answers)]))
     yield "data: [DONE]\n\n"
 
 

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from tokenizers import Tokenizer
 
-from llmkernels.engine.llm import LLM
 from llmkernels.engine.options import as_list
-from llmkernels.engine.output import Output
 from llmkernels.engine.sampling import SamplingParams
 from llmkernels.server.protocol import Name, Strict, Token
+from llmkernels.server.remote import Answer
 
 MOST_INPUTS, MOST_TOKENS = 2048, 300_000  # of a request: OpenAI's own limits
 WISH = SamplingParams(max_tokens=1, embed=True)
@@ -56,10 +56,10 @@ class Embeddings(BaseModel):
 
 def add_embeddings(
     app: FastAPI,
-    llm: LLM,
+    tokenizer: Tokenizer | None,
     name: str,
     known: Callable[[str | None], str | None],
-    run: Callable[..., Awaitable[list[Output]]],
+    run: Callable[..., Awaitable[list[Answer]]],
     errors: dict[int | str, dict[str, Any]],
 ) -> None:
     """Add the route.
@@ -71,12 +71,12 @@ def add_embeddings(
 
     @app.post("/v1/embeddings", responses=errors | {200: {"model": Embeddings}}, response_model=None)
     async def embeddings(body: EmbeddingRequest, request: Request) -> JSONResponse:
-        adapter, width = known(body.model), llm.config.hidden
-        if body.dimensions is not None and body.dimensions > width:
-            raise ValueError(f"dimensions is {body.dimensions}; this model has {width}: give at most as many")
-        prompts = await asyncio.to_thread(tokens_of, llm, body.input)
-        outputs = await run(request, prompts, WISH, body.cache_salt, adapter)
-        vectors = [shortened(output.embedding, body.dimensions) for output in outputs]
+        adapter, facts = known(body.model), request.app.state.engine.facts
+        if body.dimensions is not None and body.dimensions > facts.hidden:
+            raise ValueError(f"dimensions is {body.dimensions}; this model has {facts.hidden}: give at most as many")
+        prompts = await asyncio.to_thread(tokens_of, tokenizer, facts.max_length, body.input)
+        answers = await run(request, prompts, WISH, body.cache_salt, adapter)
+        vectors = [shortened(answer.embedding, body.dimensions) for answer in answers if answer.embedding]
         count = sum(len(prompt) for prompt in prompts)
         answer = {
             "object": "list",
@@ -90,7 +90,7 @@ def add_embeddings(
         return JSONResponse(answer)
 
 
-def tokens_of(llm: LLM, given: Any) -> list[list[int]]:
+def tokens_of(tokenizer: Tokenizer | None, max_length: int, given: Any) -> list[list[int]]:
     """Every input as token ids; ValueError, before anything runs, where one is too long or there are too many."""
     inputs, prompts, total = as_list(given), [], 0
     if not inputs:
@@ -98,14 +98,24 @@ def tokens_of(llm: LLM, given: Any) -> list[list[int]]:
     for index, one in enumerate(inputs):
         if not one:
             raise ValueError(f"input {index} is empty; give at least one token")
-        ids = llm.encode(one) if isinstance(one, str) else one
-        if len(ids) >= llm.max_length:
-            raise ValueError(f"input {index} has {len(ids)} tokens; at most {llm.max_length - 1} can be read")
+        ids = tokens(tokenizer, one)
+        if len(ids) >= max_length:
+            raise ValueError(f"input {index} has {len(ids)} tokens; at most {max_length - 1} can be read")
         total += len(ids)
         if total > MOST_TOKENS:
             raise ValueError(f"input has more than {MOST_TOKENS} tokens in all; send several requests")
         prompts.append(ids)
     return prompts
+
+
+def tokens(tokenizer: Tokenizer | None, prompt: str | list[int]) -> list[int]:
+    """A prompt as the model reads it; ValueError where it is a text and there is no tokenizer."""
+    if isinstance(prompt, list):
+        return prompt
+    if tokenizer is None:
+        raise ValueError("a text is given and this model has no tokenizer; give token ids")
+    ids: list[int] = tokenizer.encode(prompt).ids
+    return ids
 
 
 def shortened(vector: list[float], dimensions: int | None) -> list[float]:

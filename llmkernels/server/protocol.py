@@ -1,7 +1,8 @@
 """What a request may hold, and what is answered: https://platform.openai.com/docs/api-reference, completions and chat.
 
 A field that is not here is an error with its name, never ignored.  Beyond OpenAI's: top_k, min_p, repetition_penalty,
-ignore_eos, stop_token_ids, cache_salt, as SamplingParams and LLM.add have them, and structured_outputs, as vLLM has it.
+ignore_eos, stop_token_ids, cache_salt, as SamplingParams and LLM.add have them, structured_outputs, as vLLM has it, and
+use_beam_search with length_penalty and early_stopping, as BeamParams has them.
 """
 
 import json
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from llmkernels.engine.beam import BeamParams
 from llmkernels.engine.sampling import MOST_LOGPROBS, SamplingParams
 from llmkernels.structured.structure import MOST_CHARACTERS, MOST_CHOICES, Structure
 
@@ -24,6 +26,13 @@ Source = Annotated[str, StringConstraints(min_length=1, max_length=MOST_CHARACTE
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+# What a beam search depends on; other fields would change nothing, and are refused.
+OF_BEAMS = {
+    *("model", "prompt", "messages", "n", "best_of", "max_tokens", "max_completion_tokens", "user", "cache_salt"),
+    *("use_beam_search", "length_penalty", "early_stopping", "temperature"),
+}
 
 
 class StreamOptions(Strict):
@@ -82,6 +91,19 @@ class Sampling(Strict):
     cache_salt: Name | None = None
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     structured_outputs: StructuredOutputs | None = None
+    use_beam_search: bool = False
+    length_penalty: float = Field(1.0, ge=-10, le=10)
+    early_stopping: bool | Literal["never"] = False
+
+    def beams(self, params: SamplingParams) -> BeamParams:
+        """The beam search that is asked for, params.answers beams wide; ValueError: what it does not depend on."""
+        fields = type(self).model_fields
+        for name in sorted(self.model_fields_set - OF_BEAMS):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is given with use_beam_search, which does not depend on it; leave it out")
+        if "temperature" in self.model_fields_set and self.temperature:
+            raise ValueError(f"temperature is {self.temperature:g} with use_beam_search, which draws nothing; give 0")
+        return BeamParams(params.answers, params.max_tokens, self.length_penalty, self.early_stopping)
 
     def structure(self) -> Structure | None:
         """What the text must be, if anything; ValueError where that is not clear, or cannot be enforced."""

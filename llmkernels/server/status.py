@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from llmkernels.engine.llm import LLM
 from llmkernels.server.metrics import Metrics
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -33,10 +32,6 @@ def add_status(app: FastAPI, name: str, metrics: Metrics, responses: dict[int | 
     async def status(request: Request) -> JSONResponse:
         """What the engine does right now: requests, pages and prefixes, and counters since it started."""
 
-        def look(llm: LLM) -> dict[str, Any]:
-            stats = llm.stats()
-            counts = {name: stats[name] for name in ("running", "waiting", "preemptions")}
-            prefix = {"asked": stats["prefix_asked_tokens"], "found": stats["prefix_found_tokens"]}
-            return llm.snapshot() | counts | prefix | metrics.totals() | {"at": time.monotonic()}
-
-        return JSONResponse({"model": name} | await request.app.state.engine.ask(look))
+        look = await request.app.state.engine.ask("status")
+        prefix = {"asked": look["prefix_asked_tokens"], "found": look["prefix_found_tokens"]}
+        return JSONResponse({"model": name} | look | prefix | metrics.totals() | {"at": time.monotonic()})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-from .. import emulated
+from .. import CACHE_AXES, emulated
 
 MIB = 1 << 20
 INTERPRETED = 1 << 30  # bytes
@@ -29,6 +29,7 @@ class Chip:
         rate: bfloat16 operations/s.
         fp8, int8: whether the matrix unit multiplies them.
         pages: of a block of attention at most: each is a copy that the program spells out.
+        decode_keys: of a block whose update is unrolled: as many as registers are not spilled for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Chip:
     fp8: bool = False
     int8: bool = True
     pages: int = 16
+    decode_keys: int = 768
 
     @property
     def vmem_limit(self):
@@ -56,7 +58,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", "v4:1x1x1", 128, 16 * MIB, 1.2e12, 275e12, int8=False),
+        Chip("v4", "TPU v4", "v4:1x1x1", 128, 16 * MIB, 1.2e12, 275e12, int8=False, decode_keys=256),
         Chip("v5e", "TPU v5 lite", "v5e:1x1", 128, 128 * MIB, 0.82e12, 197e12),
         Chip("v5p", "TPU v5p", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
         Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12),
@@ -89,3 +91,17 @@ def too_large(*arrays):
     """The refusal of arrays that the interpreter, which copies them, has no room for."""
     if (held := sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)) > INTERPRETED:
         yield "SHAPE", f"arrays of {held} bytes; the interpreter takes at most {INTERPRETED}", "run it on a TPU"
+
+
+def refuse_order(**caches):
+    """The refusal of caches that would be copied whole in every call to have pages in one piece.
+
+    A traced array has no order yet: there XLA copies, if it must.
+    """
+    for name, cache in caches.items():
+        if not isinstance(cache, jax.Array) or isinstance(cache, jax.core.Tracer) or 1 in cache.shape[1:3]:
+            continue
+        order = tuple(cache.format.layout.major_to_minor)
+        if order != CACHE_AXES:
+            reason = f"{name} lies in memory in the order of axes {order}; a page is copied from {CACHE_AXES}"
+            yield "LAYOUT", reason, "allocate it by llmkernels.jax_api.allocate_cache, and keep cache.format in jax.jit"

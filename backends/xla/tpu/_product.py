@@ -12,7 +12,7 @@ A group of 32 or 64 columns is 128 columns of which x keeps those of the group: 
 
 int4: a byte holds two neighbouring columns, so 128 bytes are two chunks of 128 columns.  Nibbles are parted in 32-bit
 words that hold 8 of them, then halves of the lanes change places, and a chunk reads [64 even columns | 64 odd ones];
-XLA puts the columns of x into the same order.  Zero points: s * (q - z) x = s * (q - c) x - s * (z - c) * sum of x.
+XLA puts the columns of x into the same order.  Zero points are taken off before the product: q - z is exact.
 """
 
 import functools
@@ -25,11 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ._numbers import LANES, cleared, converted, multiply, tile_rows
-from ._tiles import lanes, power
+from ._tiles import divisor, lanes, power
 
 CHUNK = LANES  # columns that meet in the matrix unit at once, where they share scales
 FEW = 64  # rows: beyond, columns that share a scale are multiplied in passes
 LONGEST = 512  # columns of such a pass
+PIECE = (128, 256)  # rows and features multiplied at once where there are more: 32 of 64 registers hold the sum
 EPILOGUE_ROWS = 32  # at a time
 
 
@@ -91,15 +92,19 @@ def product(
         pl.BlockSpec((kind.parts, n, k // 2 if packed else k), lambda i, j, s: (0, j, s)),
     ]
     per_step = k // kind.group if kind.group else 1
-    for each in (scales, zeros):
-        if each is not None:  # [steps groups parts features]: a group is a row over the lanes
-            each = jnp.pad(each.T, ((0, (per_step * steps if kind.group else 1) - each.shape[1]), (0, 0)))
-            operands.append(each.reshape(-1, per_step, kind.parts, features))
-            specs.append(pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j)))
+    groups = per_step * steps if kind.group else 1
+    if scales is not None:  # [steps groups parts features]: a group is a row over the lanes
+        scales = jnp.pad(scales.T, ((0, groups - scales.shape[1]), (0, 0)))
+        operands.append(scales.reshape(-1, per_step, kind.parts, features))
+        specs.append(pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j)))
+    if zeros is not None:  # [steps parts features groups]: as the rows of the weight
+        zeros = jnp.pad(zeros, ((0, 0), (0, groups - zeros.shape[1]))).reshape(kind.parts, features, -1, per_step)
+        operands.append(jnp.moveaxis(zeros, 2, 0))
+        specs.append(pl.BlockSpec((1, kind.parts, n, per_step), lambda i, j, s: (s if kind.group else 0, 0, j, 0)))
     if x_scales is not None:
-        groups = lanes(x_scales.shape[1])
-        operands.append(jnp.pad(x_scales, ((0, padded_rows - rows), (0, groups - x_scales.shape[1]))))
-        specs.append(pl.BlockSpec((m, groups), lambda i, j, s: (i, 0)))
+        width = lanes(x_scales.shape[1])
+        operands.append(jnp.pad(x_scales, ((0, padded_rows - rows), (0, width - x_scales.shape[1]))))
+        specs.append(pl.BlockSpec((m, width), lambda i, j, s: (i, 0)))
     if row_scale is not None:
         operands.append(jnp.pad(row_scale.reshape(rows, 1), ((0, padded_rows - rows), (0, 0))))
         specs.append(pl.BlockSpec((m, 1), lambda i, j, s: (i, 0)))
@@ -113,7 +118,7 @@ def product(
         in_specs=specs,
         out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
         out_shape=jax.ShapeDtypeStruct((padded_rows, features), out_dtype),
-        scratch_shapes=[pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))],
+        scratch_shapes=[pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind)), pltpu.VMEM((n, _run(kind, m, k)), kind.dot)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
@@ -128,10 +133,10 @@ def _sum_dtype(kind):
 
 
 def _kernel(kind, there, stored, x, w, *refs):
-    """One block.  x [BM BK], w [parts BN BK], scales and zeros [1 groups parts BN], x_scales [BM groups] ..."""
+    """One block.  x [BM BK], w [parts BN BK], scales [1 groups parts BN], zeros [1 parts BN groups] ..."""
     held = list(refs)
     scales, zeros, x_scales, row_scale, bias = (held.pop(0) if given else None for given in there)
-    y, acc = held
+    y, acc, unpacked = held
     step, steps = pl.program_id(2), pl.num_programs(2)
 
     @pl.when(step == 0)
@@ -139,11 +144,23 @@ def _kernel(kind, there, stored, x, w, *refs):
         acc[...] = jnp.zeros_like(acc)
 
     def multiply_run(at):
-        """The run of stored columns that begins at `at`, of each part."""
+        """The run of stored columns that begins at `at`, of each part; many rows in pieces."""
         for part in range(kind.parts):
-            for first, chunk in _chunks(kind, w.at[part], at, run, step, stored):
-                columns = x[:, pl.ds(first, chunk.shape[1])]
-                _add(kind, part, first, columns, chunk, scales, zeros, x_scales, acc, step)
+            offsets = None if zeros is None else zeros.at[0, part]
+            for first, chunk in _chunks(kind, w.at[part], offsets, at, run, step, stored):
+                columns = pl.ds(first, chunk.shape[1])
+                if x.shape[0] <= FEW:
+                    _add(kind, part, first, x[:, columns], chunk, scales, x_scales, acc, step)
+                    continue
+                unpacked[...] = chunk
+
+                def piece(rows, features, part=part, first=first, columns=columns):
+                    total = acc.at[:, rows, features]
+                    own = None if scales is None else scales.at[:, :, :, features]
+                    groups = None if x_scales is None else x_scales.at[rows]
+                    _add(kind, part, first, x[rows, columns], unpacked[features], own, groups, total, step)
+
+                _for_pieces(x.shape[0], w.shape[1], piece)
 
     run = _run(kind, *x.shape)
     if run == w.shape[2]:
@@ -169,6 +186,18 @@ def _kernel(kind, there, stored, x, w, *refs):
             y[rows] = activated(z, kind.activation).astype(y.dtype)
 
 
+def _for_pieces(rows, features, do):
+    """do(rows, features) for pieces of a block, in a loop: so the registers of one are apart from those of the next."""
+    height, width = divisor(rows, PIECE[0], EPILOGUE_ROWS), min(features, PIECE[1])
+    across = features // width
+
+    @pl.loop(0, rows // height * across)
+    def _(i):
+        down = lax.div(i, across)
+        own = pl.ds(pl.multiple_of(lax.rem(i, across) * width, width), width)
+        do(pl.ds(pl.multiple_of(down * height, height), height), own)
+
+
 def _run(kind, rows, columns):
     """Columns of w, as stored, that one pass multiplies."""
     if kind.group or kind.weight in ("int4", "mxfp4"):
@@ -176,10 +205,11 @@ def _run(kind, rows, columns):
     return columns if rows <= FEW else min(columns, LONGEST)
 
 
-def _chunks(kind, w, at, run, step, stored):
+def _chunks(kind, w, zeros, at, run, step, stored):
     """(first column, [BN columns] as multiplied) of what meets in the matrix unit of one run."""
     if kind.weight not in ("int4", "mxfp4"):
-        yield at, _inside(converted(w[:, pl.ds(at, run)], kind.dot), at, step, w.shape[1], stored)
+        chunk = _less(kind, w[:, pl.ds(at, run)], zeros, at)
+        yield at, _inside(chunk, at, step, w.shape[1], stored)
     else:
         words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)  # four rows of bytes in each
         low, high = words & 0x0F0F0F0F, lax.shift_right_logical(words, 4) & 0x0F0F0F0F
@@ -192,7 +222,8 @@ def _chunks(kind, w, at, run, step, stored):
             if kind.weight == "int4":  # less 8 in every byte; the bit above keeps it from borrowing
                 nibbles = ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)
             chunk = pltpu.bitcast(nibbles, jnp.int8)
-            yield 2 * at + half * CHUNK, converted(chunk, kind.dot) if kind.weight == "int4" else _e2m1(chunk, kind.dot)
+            first = 2 * at + half * CHUNK
+            yield first, _e2m1(chunk, kind.dot) if kind.weight == "mxfp4" else _less(kind, chunk, zeros, first)
 
 
 def _bytes(byte):
@@ -216,42 +247,52 @@ def _inside(chunk, at, step, width, stored):
     return cleared(chunk, column < stored)
 
 
-def _add(kind, part, at, x, chunk, scales, zeros, x_scales, acc, step):
+def _less(kind, chunk, zeros, at):
+    """A chunk of stored numbers, from column `at` on, less the zero points of its groups; as multiplied."""
+    if zeros is None:
+        return converted(chunk, kind.dot)
+    if not kind.group:
+        return (chunk.astype(jnp.float32) - zeros[...]).astype(kind.dot)
+    group, shift = _group(kind, at), kind.group.bit_length() - 1
+    lane, taken = _stored_lane(kind, chunk.shape), _column(zeros, group)
+    for i in range(1, CHUNK // kind.group):
+        taken = jnp.where(lane >> shift == i, _column(zeros, group + i), taken)
+    return (chunk.astype(jnp.float32) - taken).astype(kind.dot)
+
+
+def _group(kind, at):
+    """Of a traced number, // asks which TPU this is; an export has none."""
+    return at // kind.group if isinstance(at, int) else lax.div(at, kind.group)
+
+
+def _stored_lane(kind, shape):
+    """Which of 128 columns each lane holds: of a packed weight the even ones are on the left, odd ones on the right."""
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (lane & (CHUNK // 2 - 1)) * 2 if kind.weight in ("int4", "mxfp4") else lane
+
+
+def _add(kind, part, at, x, chunk, scales, x_scales, acc, step):
     """Columns at .. at + 128 of one part (all of a block, where a scale serves a row) into the sum."""
     if not kind.group:
-        total = multiply(x, chunk, transposed=True)
-        acc[part] += total if zeros is None else total - _row_sums(x) * zeros[0, 0, part][None, :]
+        acc[part] += multiply(x, chunk, transposed=True)
         return
-    within = max(1, CHUNK // kind.group)  # groups of a chunk
-    total = None
-    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    if within > 1 and kind.weight in ("int4", "mxfp4"):  # even columns on the left, odd ones on the right
-        lane = (lane & (CHUNK // 2 - 1)) * 2
+    within, group = max(1, CHUNK // kind.group), _group(kind, at)  # groups of a chunk, the first
+    lane = _stored_lane(kind, x.shape)
     masked = [x] if within == 1 else [cleared(x, lane >> kind.group.bit_length() - 1 == i) for i in range(within)]
-    # Of a traced number, // asks which TPU this is; an export has none.
-    first = at // kind.group if isinstance(at, int) else lax.div(at, kind.group)
     sums = multiply(jnp.concatenate(masked, 0), chunk, transposed=True).astype(jnp.float32)
-    for i, own in enumerate(masked):
-        group = first + i
-        scale = scales[0, group, part][None, :]
-        one = sums[i * x.shape[0] : (i + 1) * x.shape[0]]
-        if zeros is not None:
-            one -= _row_sums(own) * zeros[0, group, part][None, :]
-        one *= scale
+    total = None
+    for i in range(within):
+        one = sums[i * x.shape[0] : (i + 1) * x.shape[0]] * scales[0, group + i, part][None, :]
         if x_scales is not None:
-            one *= _column(x_scales, step * scales.shape[1] + group)
+            one *= _column(x_scales, step * scales.shape[1] + group + i)
         total = one if total is None else total + one
     acc[part] += total
 
 
-def _row_sums(x):
-    return jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
-
-
-def _column(x_scales, index):
-    """[BM 1]: the scales of one group of columns, by a sum over lanes, since the group is not known before."""
-    lane = lax.broadcasted_iota(jnp.int32, x_scales.shape, 1)
-    return jnp.sum(jnp.where(lane == index, x_scales[...], 0.0), axis=1, keepdims=True)
+def _column(ref, index):
+    """[rows 1]: one column of a ref, by a sum over lanes, since which one is not known before."""
+    lane = lax.broadcasted_iota(jnp.int32, ref.shape, 1)
+    return jnp.sum(jnp.where(lane == index, ref[...], 0.0), axis=1, keepdims=True)
 
 
 def activated(z, activation):

@@ -17,9 +17,9 @@ from ._numbers import LANES, SUBLANES, tile_rows
 FIELDS = 10  # numbers of one tile in `scalars`
 MOST_UNROLLED = 16  # rows
 # From libtpu's schedules (docs/tpu.md): with more keys a block each costs fewer bundles, until registers spill.
-DECODE_KEYS = 768
 SCORES = 24 * 1024  # of an unrolled update: 24 of the 64 registers
 PREFILL_KEYS = 256
+NARROW_KEYS = 128  # of an update whose scores or keys take more registers than they fill
 ROWS = 128  # of an update in a loop
 
 
@@ -144,12 +144,15 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
     unit = SUBLANES if size * group <= SUBLANES else tile_rows(dtype)
     rows = -(-size * group // unit) * unit
     page_bytes = kv_heads * page_size * (lanes(dim) + lanes(v_dim)) * jnp.dtype(stored).itemsize
-    unrolled, narrow = rows <= MOST_UNROLLED, costly or needs_float32(dtype, stored)
-    wanted = (DECODE_KEYS if unrolled and not narrow else PREFILL_KEYS) // page_size
-    pages = max(1, min(wanted, chip.pages, chip.vmem_limit // 2 // (4 * page_bytes)))
-    scores = SCORES // 6 if narrow else SCORES
-    height = rows if unrolled else _divisor(rows, max(unit, ROWS // 8 if narrow else ROWS), unit)
-    at_once = _divisor(kv_heads, max(1, scores // (rows * pages * page_size)), 1) if unrolled else 1
+    bytes_to_float32 = jnp.dtype(stored).itemsize == 1 and not chip.int8
+    narrow = costly or needs_float32(dtype, stored) or bytes_to_float32
+    unrolled = rows <= MOST_UNROLLED and not narrow
+    wanted = NARROW_KEYS if narrow else chip.decode_keys if unrolled else PREFILL_KEYS
+    if unrolled and jnp.dtype(stored).itemsize == 1:
+        wanted //= 2
+    pages = max(1, min(wanted // page_size, chip.pages, chip.vmem_limit // 2 // (4 * page_bytes)))
+    height = rows if unrolled else divisor(rows, max(unit, ROWS // 8 if narrow else ROWS), unit)
+    at_once = divisor(kv_heads, max(1, SCORES // (rows * pages * page_size)), 1) if unrolled else 1
     row_bytes = (2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize
     vmem = 2 * pages * page_bytes + kv_heads * rows * row_bytes
     return Tiles(size, rows, pages, at_once, height, unrolled, vmem, chip.vmem_limit)
@@ -160,7 +163,7 @@ def needs_float32(dtype, stored):
     return jnp.dtype(dtype) == jnp.float32 or jnp.dtype(stored) not in (jnp.bfloat16, jnp.int8)
 
 
-def _divisor(of, most, unit):
+def divisor(of, most, unit):
     """The largest multiple of `unit` up to `most` that divides `of`."""
     return max(n for n in range(unit, max(most, unit) + 1, unit) if of % n == 0)
 

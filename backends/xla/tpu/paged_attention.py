@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from .. import emulated
 from ._attention import attend
-from ._chips import current, interpreter, too_large
+from ._chips import current, interpreter, refuse_order, too_large
 from ._numbers import SUBLANES, carried, multiplied_as
 from ._tiles import FIELDS, choose, count_tiles
 
@@ -32,6 +32,7 @@ def takes(
     if scalars > SMEM:
         reason = f"block_table and tiles take {scalars} bytes of scalar memory; there are {SMEM}"
         yield "SHAPE", reason, "use larger pages, or fewer sequences a call"
+    yield from refuse_order(k_cache=k_cache, v_cache=v_cache)
     if emulated():
         yield from too_large(k_cache, v_cache)
 
