@@ -10,8 +10,8 @@ compiled, and pack their weights.  The second one is recorded, later ones are re
                 would be missing, so such a step is not kept.
     on a GPU    a CUDA graph, where every implementation that answered declares the trait graph_safe.
 
-Rows that fill a step up have no keys and no slot: they read nothing but token 0, and write nothing.  One token each gives
-the bits of a plain step; several, whose number is rounded up, give them up to roundoff, as batches of two sizes do.
+Rows that fill a step up have no keys and no slot: they read nothing but token 0, and write nothing.  One token each
+gives the bits of a plain step; several, whose number is rounded up, give them up to roundoff, as other batch sizes do.
 
     one token each     sequence 0 | sequence 1 | ... | of no sequence, a token each
     several            sequence 0: its tokens | sequence 1: fewer | ... | one that has no keys and the tokens left over
