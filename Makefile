@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 TORCH_XLA := .venv-torch-xla
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all test-sanitize test-vllm test-torch-xla compile-gpu compile-tpu peers bench bench-vllm readme clean
+.PHONY: help venv demo test test-all soak test-sanitize test-vllm test-torch-xla compile-gpu compile-tpu peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,9 @@ test: venv  ## style, types, and the tests: minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
+
+soak: venv  ## 32 clients on a server for five minutes: nothing lost, every answer what it would be alone
+	$(BIN)/python -m pytest -s -m slow tests/test_soak.py
 
 test-all: venv  ## the tests, the slow ones too
 	$(BIN)/python -m pytest

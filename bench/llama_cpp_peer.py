@@ -17,7 +17,9 @@ FILE_TYPES = {
     "bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
     "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
     "q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "q4_0_head4": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
 }
+HEADS = {"q4_0_head4": llama_cpp.GGML_TYPE_Q4_0}  # where the head is not kept at 6 bits
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -86,9 +88,11 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def quantize(source: Path, target: Path, kind: str, threads: int) -> None:
-    """Let llama.cpp round a float32 GGUF to bf16, q4_0 or q4_K_M; it keeps the head at 6 bits in the last two."""
+    """Let llama.cpp round a float32 GGUF to one of FILE_TYPES; of 4 bits it keeps the head at 6, but in HEADS."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = FILE_TYPES[kind], threads
+    if kind in HEADS:
+        params.output_tensor_type = params.token_embedding_type = HEADS[kind]
     if status := llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama_model_quantize returned {status}")
 

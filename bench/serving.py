@@ -3,6 +3,7 @@
     python bench/serving.py --quick             the shipped checkpoint, 1 and 16 at once; two minutes
     python bench/serving.py --json FILE         both models, bfloat16 and 4 bits, 1 to 32 at once; some twenty minutes
 
+On a machine that others use too, --rounds 3 asks the engines in turn, three times, and keeps each one's median.
 In parts, --model, --weights, --engine and --at say which; rows of a FILE that is there already are kept, but for those
 that are measured anew.
 Ours is measured as its users have it, over HTTP with streaming, and once more without HTTP.  The peers run without:
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=("bfloat16", "4 bits"), help="only these")
     parser.add_argument("--engine", choices=ENGINES, help="only this one; the others were found to agree before")
     parser.add_argument("--at", type=int, nargs="+", help="only with so many clients at once")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each is measured, in turn; the median is kept")
     parser.add_argument("--json", type=Path, help="write the report there, or into it")
     options = parser.parse_args()
     os.environ |= {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
@@ -80,10 +82,14 @@ def main() -> None:
     for model, weights, rates, per_client in PLANS["quick" if options.quick else "full"]:
         at = tuple(count for count in rates if not options.at or count in options.at)
         engines = [options.engine] if options.engine else [e for e in ENGINES if runs(e, weights)]
-        for engine in engines if options.model in (None, model) and options.weights in (None, weights) and at else ():
+        if not at or options.model not in (None, model) or options.weights not in (None, weights):
+            continue
+        found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for engine in engines * options.rounds:
             for row in measure(engine, model, weights, at, per_client):
-                rows[key(row)] = row
+                found.setdefault(key(row), []).append(row)
                 show(row, time.monotonic() - start)
+        rows |= {name: median(some) for name, some in found.items()}
     compare([*rows.values()])
     if options.json:
         report = {
@@ -101,6 +107,12 @@ def known(report: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The rows of a report that is there."""
     rows = json.loads(report.read_text())["rows"] if report and report.exists() else []
     return {key(row): row for row in rows}
+
+
+def median(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The middle one by tokens a second, with those of all."""
+    ordered = sorted(rows, key=lambda row: row["total_tokens_per_second"])
+    return ordered[len(rows) // 2] | {"rounds": [row["total_tokens_per_second"] for row in rows]}
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:

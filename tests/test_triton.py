@@ -1,9 +1,11 @@
 """The Triton backend, in Triton's interpreter: in processes of its own, because Triton decides once how it runs."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,20 @@ def test_a_cpu_is_no_gpu():
     if torch.cuda.is_available():
         pytest.skip("here is a GPU")
     assert "torch sees no GPU" in absent("triton").reason
+
+
+def test_every_kernel_first_waits_for_the_one_before():
+    """Kernels are launched while the one before still runs; one that does not wait reads what is not written yet."""
+    kernels, launched = {}, set()
+    for file in (Path(__file__).parents[1] / "backends" / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.args.args and node.args.args[-1].arg == "CHAINED":
+                kernels[node.name] = [ast.unparse(line) for line in node.body[:2]]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "launch":
+                launched.add(ast.unparse(node.args[0]))
+    del kernels["after_previous"]
+    assert launched == set(kernels)
+    assert all("after_previous(CHAINED)" in lines for lines in kernels.values()), kernels
 
 
 SHARES = """

@@ -102,10 +102,10 @@ def attend(
         from_key = begin if PHASE == 0 else left_edge if PHASE == 1 else right_edge
         to_key = left_edge if PHASE == 0 else right_edge if PHASE == 1 else end
         of_block = tl.arange(0, BLOCK_N if PHASE == 1 else EDGE)  # masks take registers, so fewer keys at the edges
-        for n in tl.range(from_key, to_key, of_block.shape[0]):
+        for n in tl.range(from_key, to_key, BLOCK_N if PHASE == 1 else EDGE):
             key = n + of_block
             live = (key >= lo) & (key < hi)
-            if PAGE % of_block.shape[0] == 0:
+            if PAGE % (BLOCK_N if PHASE == 1 else EDGE) == 0:
                 page = tl.load(table + n // PAGE)
                 slot = n % PAGE + of_block
             else:

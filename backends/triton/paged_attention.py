@@ -56,6 +56,7 @@ def run(
         "paged_attention", q.device, heuristic, dtype=q.dtype, cache=k_cache.dtype, group=group, dim=dim, v_dim=v_dim,
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
     )  # fmt: skip
+    tiles = tiles | {"EDGE": min(tiles["EDGE"], tiles["BLOCK_N"])}
     in_tile = min(group, tiles["BLOCK_M"])
     per_tile = tiles["BLOCK_M"] // in_tile  # tokens
     one_tile = queries <= per_tile
@@ -122,26 +123,20 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree):
             return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-        if keys <= 1024:  # few passes: smaller ones begin sooner
-            return {"BLOCK_M": block_m, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
         return {
             "BLOCK_M": block_m,
             "BLOCK_N": 128 if block_m == 16 and wide <= 128 and cached > 1 else 64,
             "num_warps": 4,
-            "num_stages": 3 if cached > 1 else 5,
+            "num_stages": 2 if keys <= 1024 else 3 if cached > 1 else 5,  # few passes: begin sooner
         }
     if chip.amd:
         return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
     if tree:  # its words lie in shared memory too
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if chip.hopper:
-        return {
-            "BLOCK_M": 128,
-            "BLOCK_N": 64,
-            "EDGE": 32,  # of a prompt's 64 diagonal keys a token sees half
-            "num_warps": 8,
-            "num_stages": 5 if wide <= 128 else 3,
-        }
+    if chip.hopper:  # EDGE: of 128 keys on the diagonal a prompt's tokens see half
+        if wide <= 128 and cached > 1:
+            return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 32, "num_warps": 8, "num_stages": 5}
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32, "num_warps": 8, "num_stages": 5 if wide <= 128 else 3}
     return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 

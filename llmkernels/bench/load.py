@@ -8,6 +8,7 @@ Speaks HTTP/1.1 and server-sent events itself: on a small machine a client libra
 
 import asyncio
 import json
+import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -96,7 +97,12 @@ class Connection:
         if self._writer is None or self._writer.is_closing():
             context = ssl.create_default_context() if self._tls else None
             opening = asyncio.open_connection(self._host, self._port, ssl=context)
-            self._reader, self._writer = await asyncio.wait_for(opening, CONNECT_SECONDS)
+            try:
+                self._reader, self._writer = await asyncio.wait_for(opening, CONNECT_SECONDS)
+            except OSError as error:  # a timeout is one, and so is a name that nobody knows
+                why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or "no answer"
+                words = f"no server is at {self._host}, port {self._port} ({why}); start one, or give another --url"
+                raise ConnectionError(words) from None
         head = f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n\r\n"
         assert self._reader is not None
         assert self._writer is not None

@@ -65,13 +65,17 @@ def measure(
 
 @contextmanager
 def started(*arguments: str) -> Iterator[str]:
-    """The address of `llmkernels serve ARGUMENTS` on a free port of loopback, in a process of its own."""
+    """The address of `llmkernels serve ARGUMENTS` on a free port of loopback, in a process of its own.
+
+    Ctrl-C in a terminal does not reach it, and it ends when this process does, however that ends.
+    """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    own = ("--port", str(port), "--no-access-log")  # nobody reads what it prints, and a full pipe would hold it up
+    own = ("--port", str(port), "--until-eof", "--no-access-log")  # nobody reads it, and a full pipe would hold it up
     command = [sys.executable, "-m", "llmkernels", "serve", *arguments, *own]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, process_group=0)
     try:
         _wait(process, port)
         yield f"http://127.0.0.1:{port}"

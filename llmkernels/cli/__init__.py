@@ -34,6 +34,7 @@ verdict is 'chosen', 'takes' or 'refuses' in explain, 'passed', 'failed' or 'ref
 seconds; ratio_to_best_peer is the best peer's time over ours, so that above 1 we are faster; what is not known is null.
 """
 
+import os
 import sys
 import warnings
 from typing import Annotated, Any
@@ -73,6 +74,8 @@ app = typer.Typer(
 
 
 def main() -> None:
+    # torch reads it once: memory of 2 MB and more on huge pages, without which address translation slows every stream
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app(prog_name="llmkernels")
 
 

@@ -6,11 +6,12 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +54,7 @@ def serve(
     ngram: NGram = 0,
     guess_depth: GuessDepth = 4,
     guess_width: GuessWidth = 1,
+    until_eof: Annotated[bool, typer.Option(hidden=True, help="End when the standard input does.")] = False,
     access_log: Annotated[bool, typer.Option(help="A line for each request.")] = True,
 ) -> None:
     """Answer OpenAI's clients: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
@@ -116,6 +118,8 @@ def serve(
         chat = "" if template else "; it has no chat template, so only completions (give --chat-template FILE)"
         where = f"{called} answers at {_address(listener)}, with a status page for browsers; Ctrl-C ends it"
         print(f"llmkernels: {where}{chat}", file=sys.stderr)
+        if until_eof:
+            threading.Thread(target=_wait_for_eof, args=[server], daemon=True).start()
         gc.freeze()  # the collector need not look through what stays anyway
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
@@ -137,6 +141,12 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
                 raise ValueError(f"port {port} of {host} is in use; give another --port, 0 for a free one") from None
             raise ValueError(f"cannot listen at {host}, port {port}: {error.strerror}; give another --host") from None
         yield listener
+
+
+def _wait_for_eof(server: Any) -> None:
+    while sys.stdin.buffer.read(1 << 16):
+        pass
+    server.should_exit = True
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:

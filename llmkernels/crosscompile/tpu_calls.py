@@ -33,16 +33,12 @@ def calls() -> Iterator[Call]:
 
 
 def chosen(targets: Sequence[str]) -> Iterator[tuple[Call, str]]:
-    """(call, target): the first of each op for every target, the others for two of the targets by turns.
-
-    One generation's compiler differs from the next in little that a kind of call would show alone; over two of five
-    each kind of call is seen narrow and wide.
-    """
+    """(call, target): the first call of each op for every target, the others for one target each, by turns."""
     seen: set[str] = set()
     for i, call in enumerate(calls()):
-        first, turn = call.op not in seen, {i % len(targets), (i + 2) % len(targets)}
+        mine = targets if call.op not in seen else [targets[i % len(targets)]]
         seen.add(call.op)
-        yield from ((call, name) for j, name in enumerate(targets) if first or j in turn)
+        yield from ((call, name) for name in mine)
 
 
 def _attention() -> Iterator[Call]:

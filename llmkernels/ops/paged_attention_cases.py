@@ -27,6 +27,7 @@ def inputs(
     alibi=False,
     scales=None,
     tree=False,
+    rising=False,
     spare_pages=3,
     wide_table=2,
     break_it=None,
@@ -55,6 +56,10 @@ def inputs(
         "alibi_slopes": 2.0 ** -np.arange(1, heads + 1) if alibi else None,
         "tree_mask": _tree(rng, new) if tree else None,
     }
+    if rising:  # keys grow with their position, so that later blocks of an online softmax bring a new maximum
+        for s, count in enumerate(needed):
+            growth = 1 + np.arange(count * page_size) / 100
+            arrays["k_cache"][table[s, :count]] *= growth.reshape(-1, page_size, 1, 1)
     if scales:
         count = {"tensor": (), "head": (kv_heads,)}[scales]
         arrays |= {"k_scale": rng.uniform(0.5, 2, count) / size, "v_scale": rng.uniform(0.5, 2, count) / size}
@@ -176,6 +181,18 @@ CASES = [
     _case("group of 7", DECODE, heads=14),
     _case("long decode", {"new": (1, 1), "lengths": (1500, 700)}, dim=128, return_lse=True),
     _case("long prefill", {"new": (200,), "lengths": (456,)}),
+    _case("rising maximum", {"new": (1, 1, 3), "lengths": (65, 200, 130)}, rising=True, return_lse=True),
+    _case("rising maximum, prompt", {"new": (90, 66), "lengths": (140, 66)}, rising=True, return_lse=True),
+    _case(
+        "rising maximum, e4m3 cache",
+        {"new": (1, 1), "lengths": (100, 150)},
+        rising=True,
+        C="float8_e4m3fn",
+        scales="head",
+    ),
+    _case("window over blocks", {"new": (1, 40), "lengths": (200, 150)}, rising=True, window=(70, 0)),
+    _case("window of part of a block", {"new": (20, 1), "lengths": (170, 131)}, causal=False, window=(40, 30)),
+    _case("window over blocks, dim 128", {"new": (70, 4), "lengths": (190, 99)}, dim=128, window=(64, 0)),
     _case("MLA", MIXED, heads=16, kv_heads=1, dim=576, v_dim=512, layout="MLA", scale=192**-0.5),
     _case("v_dim below dim", MIXED, dim=96, v_dim=64),
     _case("not causal", CHUNK, causal=False),
@@ -188,6 +205,7 @@ CASES = [
     _case("window, soft cap, sinks", MIXED, window=(12, 0), soft_cap=5.0, sinks=True, return_lse=True),
     _case("tree", {"new": (6, 1, 9), "lengths": (25, 11, 9)}, tree=True, return_lse=True),
     _case("wide tree", {"new": (40,), "lengths": (90,)}, tree=True),
+    _case("tree, dim 128", {"new": (9, 1), "lengths": (140, 7)}, tree=True, dim=128),
     _case("int8 cache", MIXED, C="int8", scales="tensor"),
     _case("int8 cache, scale per head", MIXED, C="int8", scales="head", return_lse=True),
     _case("e4m3 cache", MIXED, C="float8_e4m3fn", scales="tensor"),
