@@ -49,7 +49,7 @@ def run(
     rows = group * min(queries, blocks(tokens, seqs))
     heuristic = _tiles(
         chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim,
-        tree=tree_mask is not None,
+        tree=tree_mask is not None, window=window[0] >= 0,
     )  # fmt: skip
     heuristic.setdefault("EDGE", heuristic["BLOCK_N"])
     tiles = choose(
@@ -101,7 +101,7 @@ def run(
     return (out, lse) if return_lse else out
 
 
-def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree):
+def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree, window):
     """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
     wide = max(dim, v_dim)
     if INTERPRETED:
@@ -126,15 +126,17 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree):
         block_n = 128 if block_m == 16 and wide <= 128 and cached > 1 else 64
         if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
             block_n = 32
+        stages = 3 if cached > 1 else 5
         if keys <= 1024:  # few passes: smaller ones begin sooner
-            return {"BLOCK_M": block_m, "BLOCK_N": min(block_n, 64), "num_warps": 4, "num_stages": 2}
-        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3 if cached > 1 else 5}
+            block_n, stages = min(block_n, 64), 2
+        edge = min(block_n, 32) if block_m > 16 else block_n  # masks of 32 rows take registers
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "EDGE": edge, "num_warps": 4, "num_stages": stages}
     if chip.amd:
         return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
     if tree:  # its words lie in shared memory too
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if chip.hopper:  # EDGE: of 128 keys on the diagonal a prompt's tokens see half
-        if wide <= 128 and cached > 1:
+        if wide <= 128 and cached > 1 and keys > 512 and not window:
             return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 32, "num_warps": 8, "num_stages": 5}
         return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32, "num_warps": 8, "num_stages": 5 if wide <= 128 else 3}
     return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
