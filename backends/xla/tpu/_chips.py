@@ -101,7 +101,7 @@ def refuse_order(**caches):
     for name, cache in caches.items():
         if not isinstance(cache, jax.Array) or isinstance(cache, jax.core.Tracer) or 1 in cache.shape[1:3]:
             continue
-        order = tuple(cache.format.layout.major_to_minor)
+        order = tuple(cache.format.layout.major_to_minor)  # type: ignore[attr-defined]
         if order != CACHE_AXES:
             reason = f"{name} lies in memory in the order of axes {order}; a page is copied from {CACHE_AXES}"
             yield "LAYOUT", reason, "allocate it by llmkernels.jax_api.allocate_cache, and keep cache.format in jax.jit"

@@ -4,6 +4,7 @@ Both kinds of values leave as bytes: not every generation casts to FP8, so its c
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -74,7 +75,8 @@ def run(x, *, dtype, group, scale):
         def store_groups(columns, all_scales):
             sizes, first = size(columns), lax.div(columns.start, jnp.int32(group))
             column = lax.broadcasted_iota(jnp.int32, sizes.shape, 1)
-            inverse = finite = None
+            inverse: Any = None
+            finite: Any = None
             for i in range(-(-columns.size // group)):
                 own = (column >= i * group) & (column < (i + 1) * group)
                 scale, one, whole = scale_of(jnp.max(jnp.where(own, sizes, 0.0), axis=1, keepdims=True))

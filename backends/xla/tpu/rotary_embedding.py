@@ -49,8 +49,8 @@ def run(q, k, cos, sin, positions, *, interleaved):
                 new = value * c[i : i + 1] + turned(value, lane) * s[i : i + 1]
                 y[at.start + i] = jnp.where(lane < 2 * half, new, value).astype(y.dtype)
 
-    tables = (jnp.take(table.astype(jnp.float32), positions, axis=0, mode="clip") for table in (cos, sin))
-    tables = [spread(t, width, interleaved, sign) for t, sign in zip(tables, (1, -1), strict=True)]
+    rows = [jnp.take(table.astype(jnp.float32), positions, axis=0, mode="clip") for table in (cos, sin)]
+    tables = [spread(t, width, interleaved, sign) for t, sign in zip(rows, (1, -1), strict=True)]
     heads = [carried(jnp.pad(x, ((0, 0), (0, 0), (0, width - dim)))) for x in (q, k)]
     results = over_rows(
         body, [*heads, *tables], [((x.shape[1], width), out) for x in heads], name="rotary_embedding", strip=SUBLANES

@@ -142,11 +142,11 @@ def _kernel(height, page_size, runs, start, tiles, offsets, *refs):
         copy.wait()
 
     @pl.loop(0, jnp.minimum(runs[0], DEPTH // 2))
-    def _(run):
+    def ask(run):
         fetch(run, begin)
 
     @pl.loop(0, runs[0])
-    def _(run):
+    def change(run):
         buffer, ahead = lax.rem(run, DEPTH), run + DEPTH // 2
         fetch(run, end)
 
@@ -166,7 +166,7 @@ def _kernel(height, page_size, runs, start, tiles, offsets, *refs):
             fetch(ahead, begin)
 
     @pl.loop(jnp.maximum(runs[0] - DEPTH, 0), runs[0])
-    def _(run):
+    def leave(run):
         store(run, end)
 
 
