@@ -88,7 +88,7 @@ def test_any_object_and_plain_text(client):
 
 
 def test_an_answer_that_its_grammar_stops_says_why(client):
-    surrogate = {"structured_outputs": {"ebnf": 'root ::= "a" [\\uD800-\\uDFFF] "b"'}}
+    surrogate = {"structured_outputs": {"grammar": 'root ::= "a" [\\uD800-\\uDFFF] "b"'}}
     choice = chat(client, extra_body=surrogate).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("error", "a")
     assert "no token may follow" in choice.error
