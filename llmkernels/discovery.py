@@ -83,7 +83,8 @@ def cache_axes(backend: str | None) -> tuple[int, ...]:
 
     A backend states it by CACHE_AXES, a permutation of [pages page_size kv_heads dim]; the default is their own order.
     """
-    return getattr(package(backend), "CACHE_AXES", (0, 1, 2, 3)) if backend not in (None, REFERENCE) else (0, 1, 2, 3)
+    own = (0, 1, 2, 3)
+    return getattr(package(backend), "CACHE_AXES", own) if backend in backends() else own
 
 
 @functools.cache

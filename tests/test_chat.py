@@ -1,10 +1,6 @@
 """`llmkernels chat` as a pipe sees it: messages in, answers out, and what is typed with a slash."""
 
 import json
-import os
-import pty
-import select
-import sys
 
 import pytest
 
@@ -82,36 +78,3 @@ def test_errors_in_a_stream_are_told():
     assert chat._text(b'{"choices": [{"text": "x"}]}', "text") == "x"
     with pytest.raises(ValueError, match="stopped"):
         chat._text(b'{"error": {"message": "the engine has stopped"}}', "delta")
-
-
-def test_ctrl_c_ends_an_answer_and_not_the_talk():
-    """In a terminal of its own, where Ctrl-C reaches every process of the foreground."""
-    pid, terminal = pty.fork()
-    if not pid:
-        os.execv(sys.executable, [sys.executable, "-m", "llmkernels", "chat", "--max-tokens", "1500"])
-    said = ""
-
-    def until(mark):
-        nonlocal said
-        while mark not in said:
-            assert select.select([terminal], [], [], 120)[0], said
-            said += os.read(terminal, 1 << 16).decode(errors="replace")
-        said = said.partition(mark)[2]
-
-    try:
-        until("listens")
-        os.write(terminal, b"/params temperature=0 ignored=1\n")
-        until("'ignored' is no parameter")
-        os.write(terminal, b"The read() system call\n")
-        until("system call\r\n")  # the terminal's echo
-        until(" ")
-        os.write(terminal, b"\x03")
-        until("^C")
-        os.write(terminal, b"/params max_tokens=8\nOnce more\n")
-        until("Once more\r\n")
-        until("\r\n")
-        assert "llmkernels:" not in said
-        os.write(terminal, b"\x04")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    finally:
-        os.close(terminal)

@@ -87,6 +87,15 @@ def test_any_object_and_plain_text(client):
     assert plain.choices[0].message.content == text.choices[0].message.content
 
 
+def test_an_answer_that_its_grammar_stops_says_why(client):
+    surrogate = {"structured_outputs": {"ebnf": 'root ::= "a" [\\uD800-\\uDFFF] "b"'}}
+    choice = chat(client, extra_body=surrogate).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("error", "a")
+    assert "no token may follow" in choice.error
+    *_, last = [chunk.choices[0] for chunk in chat(client, extra_body=surrogate, stream=True)]
+    assert (last.finish_reason, last.error) == ("error", choice.error)
+
+
 @pytest.mark.parametrize(
     ("wish", "right"),
     [

@@ -123,12 +123,12 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree):
             return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-        return {
-            "BLOCK_M": block_m,
-            "BLOCK_N": 128 if block_m == 16 and wide <= 128 and cached > 1 else 64,
-            "num_warps": 4,
-            "num_stages": 2 if keys <= 1024 else 3 if cached > 1 else 5,  # few passes: begin sooner
-        }
+        block_n = 128 if block_m == 16 and wide <= 128 and cached > 1 else 64
+        if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
+            block_n = 32
+        if keys <= 1024:  # few passes: smaller ones begin sooner
+            return {"BLOCK_M": block_m, "BLOCK_N": min(block_n, 64), "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 3 if cached > 1 else 5}
     if chip.amd:
         return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
     if tree:  # its words lie in shared memory too

@@ -100,7 +100,8 @@ class Connection:
             try:
                 self._reader, self._writer = await asyncio.wait_for(opening, CONNECT_SECONDS)
             except OSError as error:  # a timeout is one, and so is a name that nobody knows
-                why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or "no answer"
+                number = error.errno or 0
+                why = os.strerror(number) if number > 0 else error.strerror or "no answer"
                 words = f"no server is at {self._host}, port {self._port} ({why}); start one, or give another --url"
                 raise ConnectionError(words) from None
         head = f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n\r\n"

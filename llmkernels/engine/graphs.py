@@ -10,7 +10,8 @@ compiled, and pack their weights.  The second one is recorded, later ones are re
                 would be missing, so such a step is not kept.
     on a GPU    a CUDA graph, where every implementation that answered declares the trait graph_safe.
 
-Rows that fill a step up have no keys and no slot: they read nothing but token 0, and write nothing.
+Rows that fill a step up have no keys and no slot: they read nothing but token 0, and write nothing.  One token each
+gives the bits of a plain step; several, whose number is rounded up, give them up to roundoff, as other batch sizes do.
 
     one token each     sequence 0 | sequence 1 | ... | of no sequence, a token each
     several            sequence 0: its tokens | sequence 1: fewer | ... | one that has no keys and the tokens left over
@@ -37,7 +38,7 @@ from llmkernels.engine.tables import BlockTable
 from llmkernels.settings import current
 
 MOST_STEPS = 64  # recorded at once: the one used longest ago is dropped for another
-MOST_TOKENS = 128  # of a step with several for a sequence: all of them get logits
+MOST_TOKENS = 64  # of a step with several for a sequence: all of them get logits; beyond, the work outweighs Python
 MOST_EACH = 32  # tokens of a sequence: what lies behind a cached prefix is often as short
 MOST_EXACT = 6  # tokens for each sequence on average that are not rounded up to the next 8
 

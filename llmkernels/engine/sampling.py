@@ -167,7 +167,8 @@ def choose(logits: torch.Tensor, answers: Sequence[Answer], masks: Masks | None 
     logprobs = logits[rows].float().log_softmax(-1) if rows else None
     scores = adjusted(logits, answers)
     if masks:
-        masks.forbid(scores)
+        for guide in masks.forbid(scores):
+            guide.failed = "no token may follow"
     with use(checked=bool(current().checked)):  # params were checked; the cpu kernel finds broken logits
         tokens = llmkernels.sample(
             scores,

@@ -215,15 +215,14 @@ class Speculator:
             if not ways:
                 break
             logits = adjusted(logits, [ahead(way.chunk, way.node) for way in ways])
-            if masks:
-                masks.forbid(logits)
+            stuck = masks.forbid(logits) if masks else []
             values, best = logits.topk(min(width, vocab))
             if self.wish.confidence:
                 sure = (values[:, 0] - logits.logsumexp(1) >= math.log(self.wish.confidence)).tolist()
             else:
                 sure = [True] * len(ways)
             choices = zip(ways, best.tolist(), sure, strict=True)
-            ways = [way for way, tokens, certain in choices if certain and way.take(tokens)]
+            ways = [w for w, tokens, certain in choices if certain and w.guide not in stuck and w.take(tokens)]
             if depth + 1 == self.wish.depth or not ways:
                 break
             placed = {way.chunk.sequence.row: way.read(size) for way in ways}

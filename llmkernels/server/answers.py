@@ -35,7 +35,7 @@ class Form:
         """The response that is not streamed; a choice for each answer, numbered as they come."""
         choices = []
         for index, answer in enumerate(answers):
-            choice = self._choice(index, answer.finish_reason, self._logprobs(index, answer, 0, len(answer.tokens)))
+            choice = self._choice(index, answer, 0, len(answer.tokens), answer.finish_reason)
             if self._calls:
                 choice["message"] = message(answer.text)
                 if answer.finish_reason == "stop" and "tool_calls" in choice["message"]:
@@ -49,10 +49,8 @@ class Form:
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
         """The chunk that tells of this delta of its choice."""
-        end = delta.start + len(delta.tokens)
-        choice = self._choice(
-            delta.number, delta.finish_reason, self._logprobs(delta.number, delta.answer, delta.start, end)
-        )
+        end = delta.start + len(delta.tokens)  # the answer may be further than this delta
+        choice = self._choice(delta.number, delta.answer, delta.start, end, delta.finish_reason)
         if self._chat:
             role = {} if delta.number in self._begun else {"role": "assistant"}
             self._begun.add(delta.number)
@@ -82,9 +80,11 @@ class Form:
         kind = "text_completion" if not self._chat else "chat.completion" if whole else "chat.completion.chunk"
         return {"id": self._id, "object": kind, "created": self._created, "model": self._name, "choices": choices}
 
-    @staticmethod
-    def _choice(index: int, reason: str | None, logprobs: Any) -> dict[str, Any]:
-        return {"index": index, "finish_reason": reason, "logprobs": logprobs}
+    def _choice(self, index: int, answer: Answer, start: int, end: int, reason: str | None) -> dict[str, Any]:
+        """Choice `index`, without its text, of tokens start to end."""
+        logprobs = self._logprobs(index, answer, start, end)
+        why = {"error": answer.error} if reason == "error" else {}
+        return {"index": index, "finish_reason": reason, "logprobs": logprobs} | why
 
     def _logprobs(self, index: int, answer: Answer, start: int, end: int) -> dict[str, Any] | None:
         """Those of tokens start to end, which are the next ones of choice `index`; None where nobody asked."""

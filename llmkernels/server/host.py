@@ -225,6 +225,7 @@ def grown(number: int, delta: Delta) -> Grown:
         output.score,
         output.cached_tokens,
         output.embedding if output.params.embed else None,
+        output.error,
     )
 
 

@@ -29,6 +29,7 @@ class TextChoice(BaseModel):
     index: int
     text: str
     finish_reason: Reason
+    error: str | None = None
     logprobs: TextLogprobs | None
 
 
@@ -66,6 +67,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     finish_reason: Reason
+    error: str | None = None
     logprobs: ChatLogprobs | None
 
 

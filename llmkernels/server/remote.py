@@ -55,6 +55,7 @@ class Answer:
     score: float = 0.0
     cached_tokens: int = 0
     embedding: list[float] | None = None
+    error: str = ""
     arrived: float = field(default_factory=time.monotonic)
     last: float | None = None
 
@@ -288,5 +289,5 @@ def _delta(answer: Answer, grown: wire.Grown) -> Delta:
     answer.logprobs += grown.logprobs
     answer.top_logprobs += grown.top_logprobs
     answer.finish_reason, answer.score = grown.finish_reason, grown.score
-    answer.cached_tokens, answer.embedding = grown.cached_tokens, grown.embedding
+    answer.cached_tokens, answer.embedding, answer.error = grown.cached_tokens, grown.embedding, grown.error
     return Delta(grown.answer, answer, start, grown.text, grown.tokens, grown.finish_reason)

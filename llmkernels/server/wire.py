@@ -106,6 +106,7 @@ class Grown(NamedTuple):
     score: float
     cached_tokens: int
     embedding: list[float] | None
+    error: str
 
 
 Step = list[tuple[int, list[Grown]]]  # what a step brought, by request

@@ -97,8 +97,6 @@ class Guide:
             states[i] = self._states[-1]
             if i == len(draft) or not self.go_on(draft[i]):
                 break
-        else:
-            i = len(draft)
         self.go_back(i)
         self._spend(began)
         return states
@@ -152,17 +150,18 @@ class Masks:
         rows = [row for i, guide in enumerate(guides) if guide for row in range(firsts[i], firsts[i + 1])]
         return cls([(guide, draft) for guide, draft in zip(guides, drafts, strict=True) if guide], rows, vocab)
 
-    def forbid(self, logits: torch.Tensor) -> None:
-        """Set what is not allowed to -inf, in place.  logits: [rows vocab].  Who allows nothing fails, and is free."""
+    def forbid(self, logits: torch.Tensor) -> list[Guide]:
+        """Set what is not allowed to -inf, in place.  logits: [rows vocab].
+
+        Returns the guides that let nothing follow; their rows, and those behind such guesses, stay as they are.
+        """
         self._wait()
         bits = self._bits.numpy() & self._work[0][0].characters.masks[self._states]
-        some = bits.any(1)
-        if not some.all():
-            firsts = [*accumulate((1 + len(draft) for _, draft in self._work), initial=0)]
-            for row in np.flatnonzero(~some).tolist():
-                bits[row] = -1
-                if row in firsts:
-                    self._work[firsts.index(row)][0].failed = "no token may follow"
+        stuck = []
+        if len(empty := np.flatnonzero(~bits.any(1))):
+            bits[empty] = -1
+            firsts = accumulate((1 + len(draft) for _, draft in self._work), initial=0)
+            stuck = [guide for (guide, _), first in zip(self._work, firsts, strict=False) if first in empty]
         vocab, rows = logits.shape[1], self._rows
         if logits.device.type == "cpu":
             flags = np.unpackbits((~bits).view(np.uint8), axis=1, bitorder="little")
@@ -175,6 +174,7 @@ class Masks:
             logits.masked_fill_(forbidden, -torch.inf)
         else:
             logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+        return stuck
 
     def _fill(self) -> None:
         bits, states = self._bits, self._states
