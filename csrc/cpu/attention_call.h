@@ -104,11 +104,9 @@ bool addresses(const AttentionCall& call, const Unit& unit, bool values, int64_t
 
 // Asks for a row to be in the second cache before it is needed.  The empty statement keeps GCC from deleting a loop that
 // computes nothing.
-template <class T>
-LLMKERNELS_INLINE void prefetch_row(const T* row, int64_t width) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t line = 0; line < width * int64_t(sizeof(T)); line += 64) {
-    __builtin_prefetch(bytes + line, 0, 2);
+LLMKERNELS_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) {
+    __builtin_prefetch(row + line, 0, 2);
     asm volatile("");
   }
 }

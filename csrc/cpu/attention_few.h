@@ -8,10 +8,10 @@
 //                                                         3  the sums of R rows x C vectors stay in registers while
 //                                                            kTile values pass
 //
-// Heads run inside blocks because a page holds all of them, so that memory is read in about the order of its addresses.
-// Meanwhile the block of the next head is fetched, row by row, as no processor guesses where pages lie: into the second
-// cache, because the first one waits for too few lines at once to keep memory busy.  Reading alone, one thread of a Zen 4
-// with 15 GB/s: 9.9 head by head into the first cache, 12.9 head by head into the second, 14.9 in blocks.
+// Heads run inside blocks because a page holds all of them.  Meanwhile the next block of all heads is fetched in the order
+// of its addresses, as no processor guesses where pages lie: a row with every few products, because a burst fills the
+// queue of misses and then everything waits, and into the second cache, because the first one waits for too few lines at
+// once to keep memory busy.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -22,7 +22,7 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 constexpr int64_t kSplit = 512;     // keys of a unit
 constexpr int64_t kFewRows = 32;    // above these, packing keys into tiles pays
-constexpr int64_t kBlockKeys = 64;  // keys of one head looked at together: 32 KB of bfloat16 heads of 128, values included
+constexpr int64_t kBlockKeys = 32;  // keys of one head looked at together; all heads of two blocks must fit the second cache
 constexpr int64_t kTile = 32;       // values summed between two loads of the running sums
 constexpr int64_t kTwoLanes = 2 * kLanes;
 
@@ -93,16 +93,48 @@ bool find_block(const AttentionCall& call, const Unit& unit, int64_t first, Bloc
   return true;
 }
 
+// The rows of a block that will be needed, keys or values of all heads of a unit, fetched one at a time.
+struct Fetch {
+  const char* const* rows = nullptr;  // of the first head
+  int64_t row_bytes = 0, head_bytes = 0, heads = 0, head = 0, key = 0;
+  bool heads_first = false;  // the heads of a key lie nearer to each other than two keys
+  int64_t left = 0;
+
+  Fetch() = default;
+  template <class T>
+  Fetch(const T* const* first, int64_t width, int64_t slot_step, int64_t head_step, int64_t all_heads)
+      : rows(reinterpret_cast<const char* const*>(first)),
+        row_bytes(width * sizeof(T)),
+        head_bytes(head_step * sizeof(T)),
+        heads(all_heads),
+        heads_first(head_step < slot_step),
+        left(kBlockKeys * all_heads) {}
+
+  LLMKERNELS_INLINE void step() {
+    if (left == 0) return;
+    prefetch_row(rows[key] + head * head_bytes, row_bytes);
+    --left;
+    if (heads_first ? ++head == heads : ++key == kBlockKeys) {
+      heads_first ? ++key : ++head;
+      (heads_first ? head : key) = 0;
+    }
+  }
+  void finish(int64_t until) {
+    while (left > until) step();
+  }
+};
+
 // scores[r * kBlockKeys + j] = query r . key j, for R rows and kLanes / R keys, which lie `shift` behind `keys`.
 template <int R, bool kPaired, class T, class Query>
 LLMKERNELS_INLINE void score_tile(const Query* queries, const T* const* keys, int64_t shift, int64_t dim,
-                                  float* scores) {
+                                  float* scores, Fetch& fetch) {
   constexpr int kKeys = kLanes / R;
   const int64_t blocks = ceil_div(dim, kTwoLanes), whole = dim / kTwoLanes;
   Floats totals[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) totals[i] = zeros();
   for (int64_t b = 0; b < whole; ++b) {
+    for (int j = 0; j < kKeys; j += 4) fetch.step();
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
       const auto key = load_block<kPaired>(keys[j] + shift + b * kTwoLanes);
@@ -127,7 +159,7 @@ LLMKERNELS_INLINE void score_tile(const Query* queries, const T* const* keys, in
 // sums[r, :] += weights[r * kBlockKeys + j] * value j, for R rows, `count` values, C blocks of columns from `column`.
 template <int R, int C, bool kPaired, class T, class Weight>
 LLMKERNELS_INLINE void value_tile(const Weight* weights, const T* const* values, int64_t shift, int64_t count,
-                                  int64_t columns, float* sums, int64_t stride) {
+                                  int64_t columns, float* sums, int64_t stride, Fetch& fetch) {
   constexpr int kStep = kPaired ? 2 : 1;
   static const T nothing[C * kTwoLanes] = {};  // beside an odd last value: its weight is 0, but 0 * inf is not
   Floats totals[R][2 * C];
@@ -136,6 +168,7 @@ LLMKERNELS_INLINE void value_tile(const Weight* weights, const T* const* values,
 #pragma GCC unroll 16
     for (int c = 0; c < 2 * C; ++c) totals[r][c] = load(sums + r * stride + c * kLanes);
   for (int64_t j = 0; j < count; j += kStep) {
+    fetch.step();
     const T *one = values[j] + shift, *other = j + kStep <= count ? values[j + kStep - 1] + shift : nothing;
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
@@ -170,8 +203,8 @@ LLMKERNELS_INLINE void each_rows(int64_t rows, Use use) {
 // Buffers of a unit, in one piece of memory.
 template <class T, bool kPaired>
 struct FewBuffers {
-  // A quantized cache meets float32 queries, any other one queries of its own type.
-  using Q = std::conditional_t<sizeof(T) == 1, float, T>;
+  // A quantized cache meets float32 queries where pairs do not pay, any other one queries of its own type.
+  using Q = std::conditional_t<kPaired, bf16, std::conditional_t<sizeof(T) == 1, float, T>>;
   using Query = decltype(load_block<kPaired>(static_cast<const Q*>(nullptr)));
   using Weight = std::conditional_t<kPaired, bf16, float>;
   int64_t blocks, width;  // of kTwoLanes channels of a query; floats of a row of values
@@ -204,7 +237,7 @@ void load_queries(const AttentionCall& call, const Unit& unit, int64_t head, con
     for (int64_t b = 0; b < to.blocks; ++b) {
       const int64_t n = least(kTwoLanes, call.dim - b * kTwoLanes), at = offset + b * kTwoLanes;
       Padded<Q> block;
-      if constexpr (std::is_same_v<T, Q>) {
+      if constexpr (kPaired || std::is_same_v<T, Q>) {
         block = Padded<Q>(static_cast<const Q*>(call.q) + at, n);
       } else {
         with_float(call.q_dtype, [&](auto element) {
@@ -218,22 +251,19 @@ void load_queries(const AttentionCall& call, const Unit& unit, int64_t head, con
   }
 }
 
-// One head's rows over one block of keys.  ahead: the rows to fetch meanwhile, null where this is the last.
+// One head's rows over one block of keys.  ahead: keys and values to fetch meanwhile.
 template <class T, bool kPaired>
 void attend_block(const AttentionCall& call, const Unit& unit, const FewBuffers<T, kPaired>& to,
                   const typename FewBuffers<T, kPaired>::Query* queries, const Block<T>& block, int64_t head,
-                  const Block<T>* ahead, int64_t head_ahead, const Partial& found) {
+                  Fetch (&ahead)[2], const Partial& found) {
   const int64_t rows = unit.rows(), padded = ceil_div(block.count, kLanes) * kLanes;
   const int64_t key_shift = head * call.k_head, value_shift = head * call.v_head;
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    for (int i = 0; ahead && i < kLanes; ++i)
-      prefetch_row(ahead->keys[j + i] + head_ahead * call.k_head, call.dim);
+  for (int64_t j = 0; j < padded; j += kLanes)
     each_rows(rows, [&](int64_t r, auto R) {
       for (int i = 0; i < kLanes; i += kLanes / R)
         score_tile<R, kPaired>(queries + r * to.blocks, block.keys + j + i, key_shift, call.dim,
-                               to.scores + r * kBlockKeys + j + i);
+                               to.scores + r * kBlockKeys + j + i, ahead[0]);
     });
-  }
   const float scale = score_scale(call, unit.head + head);
   for (int64_t r = 0; r < rows; ++r) {
     Visible seen = to.seen[r];
@@ -251,8 +281,6 @@ void attend_block(const AttentionCall& call, const Unit& unit, const FewBuffers<
   }
   for (int64_t j = 0; j < block.count; j += kTile) {
     const int64_t count = least(kTile, block.count - j);
-    for (int i = 0; ahead && i < kTile; ++i)
-      prefetch_row(ahead->values[j + i] + head_ahead * call.v_head, call.v_dim);
     each_rows(rows, [&](int64_t r, auto R) {
       constexpr int C = kRegisters / 4 / R;
       const T* const* values = block.values + j;
@@ -261,10 +289,10 @@ void attend_block(const AttentionCall& call, const Unit& unit, const FewBuffers<
       int64_t column = 0;
       for (; column + C * kTwoLanes <= call.v_dim; column += C * kTwoLanes)
         value_tile<R, C, kPaired>(weights, values, value_shift + column, count, C * kTwoLanes, sums + column,
-                                  found.stride);
+                                  found.stride, ahead[1]);
       for (; column < call.v_dim; column += kTwoLanes)
         value_tile<R, 1, kPaired>(weights, values, value_shift + column, count, call.v_dim - column, sums + column,
-                                  found.stride);
+                                  found.stride, ahead[1]);
     });
   }
 }
@@ -279,23 +307,25 @@ Status attend_few(const AttentionCall& call, const Unit& unit, char* memory, Fou
     for (int64_t r = 0; r < rows; ++r) found(unit.head + h).clear(r, to.width);
   if (unit.keys() == 0) return kOk;
   if (!find_block(call, unit, unit.first_key, *block)) return kBadIndex;
-  for (int64_t j = 0; j < block->count; ++j) {
-    prefetch_row(block->keys[j], call.dim);
-    prefetch_row(block->values[j], call.v_dim);
-  }
+  Fetch(block->keys, call.dim, call.k_slot, call.k_head, unit.heads).finish(0);
+  Fetch(block->values, call.v_dim, call.v_slot, call.v_head, unit.heads).finish(0);
   for (int64_t r = 0; r < rows; ++r) to.seen[r] = visible(call, unit.seq, unit.first_row + r);
   for (int64_t h = 0; h < unit.heads; ++h)
     load_queries(call, unit, unit.head + h, to, to.queries + h * queries);
   for (int64_t first = unit.first_key; first < unit.end_key; first += kBlockKeys, std::swap(block, next)) {
     const bool more = first + kBlockKeys < unit.end_key;
     if (more && !find_block(call, unit, first + kBlockKeys, *next)) return kBadIndex;
+    Fetch ahead[2];
+    if (more) {
+      ahead[0] = {next->keys, call.dim, call.k_slot, call.k_head, unit.heads};
+      ahead[1] = {next->values, call.v_dim, call.v_slot, call.v_head, unit.heads};
+    }
     for (int64_t h = 0; h < unit.heads; ++h) {
-      const bool last = h + 1 == unit.heads;
-      attend_block(call, unit, to, to.queries + h * queries, *block, h, !last ? block : more ? next : nullptr,
-                   last ? 0 : h + 1, found(unit.head + h));
+      attend_block(call, unit, to, to.queries + h * queries, *block, h, ahead, found(unit.head + h));
+      for (Fetch& fetch : ahead) fetch.finish((unit.heads - 1 - h) * kBlockKeys);
     }
   }
-  if constexpr (std::is_same_v<T, bf16>)
+  if constexpr (kPaired || std::is_same_v<T, bf16>)  // even and odd columns apart until here
     for (int64_t h = 0; h < unit.heads; ++h)
       for (int64_t r = 0; r < rows; ++r) {
         const Partial partial = found(unit.head + h);

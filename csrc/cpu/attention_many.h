@@ -70,7 +70,8 @@ void pack_keys(const AttentionCall& call, const ManyBuffers<T, kPaired>& to, int
 }
 
 // to[c] = the pair of a[c] and b[c]; b may be null, which is zeros.
-inline void pack_pairs(const bf16* a, const bf16* b, int64_t width, bf16* to) {
+template <class T>
+void pack_pairs(const T* a, const T* b, int64_t width, bf16* to) {
   int64_t c = 0;
   for (; b && c + kTwoLanes <= width; c += kTwoLanes) {
     const Pairs one = load_pairs(a + c), other = load_pairs(b + c);
@@ -79,7 +80,8 @@ inline void pack_pairs(const bf16* a, const bf16* b, int64_t width, bf16* to) {
     store(reinterpret_cast<float*>(to + 2 * c), first);
     store(reinterpret_cast<float*>(to + 2 * c) + kLanes, second);
   }
-  for (; c < width; ++c) to[2 * c] = a[c], to[2 * c + 1] = b ? b[c] : bf16{0};
+  for (; c < width; ++c)
+    to[2 * c] = narrow<bf16>(widen(a[c])), to[2 * c + 1] = b ? narrow<bf16>(widen(b[c])) : bf16{0};
 }
 
 // values[j, c], in pairs values[j / 2, c, j % 2]; rows behind the last are zero: their weight is, but 0 * NaN is not.
@@ -89,7 +91,7 @@ void pack_values(const AttentionCall& call, const ManyBuffers<T, kPaired>& to, i
   for (int64_t j = 0; j < count; j += kDepth) {
     auto* row = to.values + j * to.width;
     if constexpr (kDepth == 1) convert(to.list[j], call.v_dim, row);
-    else pack_pairs(to.list[j], j + 1 < count ? to.list[j + 1] : nullptr, call.v_dim, row);
+    else pack_pairs<T>(to.list[j], j + 1 < count ? to.list[j + 1] : nullptr, call.v_dim, row);
   }
   const int64_t packed = ceil_div(count, kDepth) * kDepth;
   std::memset(to.values + packed * to.width, 0, (kTileKeys - packed) * to.width * sizeof(*to.values));

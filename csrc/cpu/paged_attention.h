@@ -174,8 +174,8 @@ Status paged_attention(int q_dtype, int cache_dtype, const void* q, int64_t q_to
                            tree_words, out, static_cast<float*>(lse)};
   return with_element(cache_dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (kPairDot && std::is_same_v<T, bf16>)
-      if (pair_dot_pays()) return attend<T, true>(call, threads);
+    if constexpr (kPairDot && (std::is_same_v<T, bf16> || sizeof(T) == 1))  // bytes are exact in bfloat16
+      if (q_dtype == kBFloat16 && pair_dot_pays()) return attend<T, true>(call, threads);
     return attend<T, false>(call, threads);
   });
 }

@@ -87,6 +87,42 @@ struct Pairs {
 };
 constexpr bool kPairDot = true;
 LLMKERNELS_INLINE Pairs load_pairs(const bf16* from) { return {_mm512_loadu_si512(from)}; }
+// Bytes are exact in bfloat16: whole numbers by way of float32, others by a table of the 128 magnitudes.
+LLMKERNELS_INLINE Pairs load_pairs(const int8_t* from) {
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(from + kLanes), load(from)))};
+}
+template <int kMantissa, int kBias, int kFinite>  // kFinite: magnitudes below infinity, or below NaN
+struct Magnitudes {
+  alignas(64) uint16_t bits[128] = {};
+  constexpr Magnitudes() {
+    for (int code = 0; code < 128; ++code) {
+      int mantissa = code & ((1 << kMantissa) - 1), exponent = code >> kMantissa;
+      if (exponent == 0 && mantissa > 0)  // subnormal
+        for (exponent = 1; mantissa < 1 << kMantissa; --exponent) mantissa *= 2;
+      mantissa &= (1 << kMantissa) - 1;
+      bits[code] = uint16_t(code == 0 ? 0 : (exponent + 127 - kBias) << 7 | mantissa << (7 - kMantissa));
+      if (code >= kFinite) bits[code] = uint16_t(kMantissa == 2 && code == kFinite ? 0x7f80 : 0x7fc0);
+    }
+  }
+};
+template <class Table>
+LLMKERNELS_INLINE Pairs look_up_pairs(const void* from, const Table& table) {
+  const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  const auto part = [&](int i) { return _mm512_load_si512(table.bits + 32 * i); };
+  const __m512i low = _mm512_permutex2var_epi16(part(0), code, part(1));
+  const __m512i high = _mm512_permutex2var_epi16(part(2), code, part(3));
+  const __mmask32 is_high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+  const __m512i magnitude = _mm512_mask_mov_epi16(low, is_high, high);
+  return {_mm512_ternarylogic_epi32(code, _mm512_set1_epi16(int16_t(0x8000)), magnitude, 0xea)};  // a & b | c
+}
+LLMKERNELS_INLINE Pairs load_pairs(const e4m3* from) {
+  static constexpr Magnitudes<3, 7, 127> table;
+  return look_up_pairs(from, table);
+}
+LLMKERNELS_INLINE Pairs load_pairs(const e5m2* from) {
+  static constexpr Magnitudes<2, 15, 124> table;
+  return look_up_pairs(from, table);
+}
 LLMKERNELS_INLINE Pairs broadcast_pair(const bf16* from) {
   int both;
   std::memcpy(&both, from, sizeof(both));
