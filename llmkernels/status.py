@@ -126,7 +126,7 @@ def _counted(row: Mapping[str, Any]) -> str:
 def markdown(table: Iterable[Mapping[str, Any]]) -> str:
     """The README's table: of each backend what is known, and of which ops; places that tell the same share a line."""
     told: dict[tuple[str, str], dict[str, dict[str, str]]] = {}  # (backend, what is known) -> place -> op -> but
-    for row in _joined(_of_all_dtypes(table)):
+    for row in _shared(_joined(_of_all_dtypes(table))):
         but = " ".join(filter(None, (row["dtype"] and f"in {row['dtype']}", _counted(row))))
         told.setdefault((row["backend"], _known(row)), {}).setdefault(_place(row), {})[row["op"]] = but
     names = list(dict.fromkeys(op for places in told.values() for ops in places.values() for op in ops))
@@ -179,6 +179,27 @@ def _joined(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         names = [found[key][ISA], row[ISA]] if key in found else [row[ISA]]
         found[key] = dict(row) | {ISA: ", ".join(filter(None, names)) or None}
     return list(found.values())
+
+
+def _shared(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table, where targets that the same ops were compiled for tell the dtypes that all of them have.
+
+    What is compiled is a sample, another one for each target: its dtypes would fill a line each.
+    """
+    rows = [dict(row) for row in table]
+    compiled = [row for row in rows if row["evidence"] == "compiled"]
+    ops: dict[tuple[str, str], set[str]] = {}
+    for row in compiled:
+        ops.setdefault((row["backend"], row["device"]), set()).add(row["op"])
+    common: dict[tuple[Any, ...], list[str]] = {}
+    for row in compiled:
+        row["alike"] = (row["backend"], row["op"], *sorted(ops[row["backend"], row["device"]]))
+        found = row["dtype"].split()
+        known = common.setdefault(row["alike"], found)
+        common[row["alike"]] = [name for name in known if name in found] if known and found else known or found
+    for row in compiled:
+        row["dtype"] = " ".join(common[row.pop("alike")]) or row["dtype"]
+    return rows
 
 
 def has_kernel(op: str) -> list[str]:
