@@ -237,6 +237,14 @@ def test_records_of_several_instruction_sets_are_kept_apart_and_told_in_one_line
     )
 
 
+def test_targets_of_the_same_ops_share_a_line_and_tell_the_dtypes_of_all(tmp_path):
+    for chip, dtypes in (("one", ("bfloat16", "float16")), ("other", ("bfloat16", "float32", "float16"))):
+        results = [testing.Result("rms_norm", "xla", dtype, "x", "passed") for dtype in dtypes]
+        status.write(tmp_path / "x.json", status.summarize(results, "compiled", chip))
+    table = status.markdown(status.rows(status.records(tmp_path)))
+    assert "compiled for other; one | `rms_norm` in bfloat16 float16 |" in table
+
+
 def test_status_says_what_nobody_tried(tmp_path):
     rows = answer("status", "--records", tmp_path)["rows"]
     assert {row["evidence"] for row in rows} == {"no record", "no kernel"} - (
