@@ -239,7 +239,7 @@ def test_the_engine_writes_the_same_text():
         llmkernels.ledger.reset()
         with use(backend):
             llm = LLM(prefix_reuse=False)
-            strides = llm._runner.cache.k[0].stride()
+            strides = llm._runner.target.cache.k[0].stride()
             assert tuple(sorted(range(4), key=lambda axis: -strides[axis])) == order, "as CACHE_AXES has it"
             texts.append(llm.generate(["DESCRIPTION\nThe open() system call"], greedy)[0].text)
         assert {name for op in llmkernels.ledger.read().values() for name in op} == {backend}
