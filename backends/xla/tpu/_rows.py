@@ -3,8 +3,8 @@
     HBM  x [rows width]  --copy a block-->  VMEM  --strips of rows, a few columns at a time-->  VMEM  --copy-->  HBM
 
 XLA makes a program for each look: one reads all of x for the statistic of a row, the next reads it again
-(bench/tpu_rowwise.py shows them).  A kernel answers where x has WORTH bytes, a bound that was chosen, not measured; below,
-XLA's programs are as short as one kernel, and fuse with what stands around them.
+(bench/tpu_rowwise.py shows them).  A kernel answers where x has WORTH bytes, a bound that was chosen, not measured;
+below, XLA's programs are as short as one kernel, and fuse with what stands around them.
 """
 
 import math
