@@ -30,17 +30,20 @@ class Memory:
         for chunk in chunks:
             if chunk.copy:
                 self.slots[chunk.copy[1]] = [*contents[chunk.copy[0]]]
-        writers = {}
+        writers, changed = {}, set()
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
             for i in range(chunk.start, end):
                 page = sequence.pages[i // self.size]
                 assert writers.setdefault(page, sequence) is sequence, "two write into one page"
-                self.slots[page][i % self.size] = (sequence.scope, *sequence.tokens[: i + 1])
+                key = (sequence.scope, *sequence.tokens[: i + 1])
+                if self.slots[page][i % self.size] != key:  # a fork writes its prompt's last token again
+                    changed.add(page)
+                self.slots[page][i % self.size] = key
             self.ran += chunk.count
         for chunk in chunks:
             sequence = chunk.sequence
-            assert all(self.pool.users(page) == 1 or page not in writers for page in sequence.pages)
+            assert all(self.pool.users(page) == 1 or page not in changed for page in sequence.pages)
             for i in range(chunk.start + chunk.count):
                 key = self.slots[sequence.pages[i // self.size]][i % self.size]
                 assert key == (sequence.scope, *sequence.tokens[: i + 1]), "somebody else's key"

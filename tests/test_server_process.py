@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from llmkernels import cli
+from llmkernels.cli.serve import _bound
 from llmkernels.server.remote import Process
 
 SERVE = [sys.executable, "-m", "llmkernels", "serve", "--max-length", "512"]
@@ -124,3 +125,13 @@ def test_what_is_wrong_is_one_line(arguments, words, capsys, monkeypatch):
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line
+
+
+def test_what_is_written_leaves_at_once():
+    """A connection that waits for acknowledgements delays the chunks of an answer by some 40 ms."""
+    with _bound("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

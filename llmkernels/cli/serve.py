@@ -134,6 +134,9 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it.  asyncio sets it for sockets whose protocol it knows, which those of a listener do not
+        # tell, and without it a chunk may wait for the client's delayed acknowledgement, some 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             listener.bind((host, port))
         except OSError as error:  # socket.gaierror is one
