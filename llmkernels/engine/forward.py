@@ -7,8 +7,8 @@ import torch
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.layout import Layout
-from llmkernels.engine.model import Model
 from llmkernels.engine.tables import BlockTable
+from llmkernels.models.model import Model
 from llmkernels.settings import current, use
 
 
