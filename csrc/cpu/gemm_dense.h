@@ -21,18 +21,28 @@ LLMKERNELS_INLINE Pairs load_weight(const bf16* w, Pairs) { return load_pairs(w)
 LLMKERNELS_INLINE Floats product(Floats sum, Floats w, Floats x) { return fma(w, x, sum); }
 LLMKERNELS_INLINE Floats product(Floats sum, Pairs w, Pairs x) { return dot(w, x, sum); }
 
-// totals[row][c] of Rows rows for Channels rows of the weight.
+// totals[row][c] of Rows rows for Channels rows of the weight.  ahead: how many elements further on it is fetched
+// meanwhile; 0: nothing is.
 template <int Rows, int Channels, class T, class Input>
 LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, int64_t x_stride, int64_t columns,
-                            float* totals) {
+                            int64_t ahead, float* totals) {
   using Span = decltype(load_span(x));
-  Floats sum_of[Channels][Rows] = {};
+  Floats sum_of[Rows * Channels];
+#pragma GCC unroll 16
+  for (Floats& sum : sum_of) sum = zeros();
   const auto multiply = [&](const auto& weights, const Input* xs, int64_t stride, int64_t i) {
     Span w[Channels];
-    for (int c = 0; c < Channels; ++c) w[c] = load_weight(weights[c] + i, Span{});
+#pragma GCC unroll 16
+    for (int c = 0; c < Channels; ++c) {
+      w[c] = load_weight(weights[c] + i, Span{});
+      if (ahead) __builtin_prefetch(weights[c] + i + ahead);
+    }
+#pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
       const Span value = load_span(xs + row * stride + i);
-      for (int c = 0; c < Channels; ++c) sum_of[c][row] = product(sum_of[c][row], w[c], value);
+#pragma GCC unroll 16
+      for (int c = 0; c < Channels; ++c)
+        sum_of[row * Channels + c] = product(sum_of[row * Channels + c], w[c], value);
     }
   };
   int64_t i = 0;
@@ -42,19 +52,26 @@ LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, 
     Input rest_x[Rows][kSpan<Input>] = {};
     for (int c = 0; c < Channels; ++c) std::memcpy(rest[c], weight[c] + i, (columns - i) * sizeof(T));
     for (int row = 0; row < Rows; ++row) std::memcpy(rest_x[row], x + row * x_stride + i, (columns - i) * sizeof(Input));
+    ahead = 0;
     multiply(rest, rest_x[0], kSpan<Input>, 0);
   }
-  for (int c = 0; c < Channels; ++c)
-    for (int row = 0; row < Rows; ++row) totals[row * kPanel + c] = sum(sum_of[c][row]);
+  float found[Rows * Channels];
+  if constexpr (Rows * Channels == kLanes) {
+    store(found, sums(sum_of));
+  } else {
+#pragma GCC unroll 16
+    for (int k = 0; k < Rows * Channels; ++k) found[k] = sum(sum_of[k]);
+  }
+  for (int row = 0; row < Rows; ++row) std::memcpy(totals + row * kPanel, found + row * Channels, Channels * sizeof(float));
 }
 
 template <int Most, int Channels, class T, class Input>
 LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input* x, int64_t x_stride, int64_t columns,
-                                 int rows, float* totals) {
+                                 int rows, int64_t ahead, float* totals) {
   if constexpr (Most > 0) {
-    for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel)
-      dots<Most>(weight, x, x_stride, columns, totals);
-    dots_most<Most - 1>(weight, x, x_stride, columns, rows, totals);
+    for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel, ahead = 0)
+      dots<Most>(weight, x, x_stride, columns, ahead, totals);
+    dots_most<Most - 1>(weight, x, x_stride, columns, rows, ahead, totals);
   }
 }
 
@@ -62,13 +79,17 @@ LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input
 template <class T, class Input>
 void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* totals) {
   constexpr int kChannels = 4, kMost = kRegisters == 32 ? 4 : 2;  // four streams of memory are faster than one
+  // Short rows end before the processor has seen that they are streams: the next channels are asked for instead.  With
+  // more rows of x arithmetic takes longer than memory.
+  const int64_t next = kChannels * call.values_stride, near = kAhead / int64_t(sizeof(T));
+  const int64_t ahead = call.columns >= near ? near : ceil_div(near, most<int64_t>(next, 1)) * next;
   for (int channel = 0; channel < kPanel; channel += kChannels) {
     const T* weight[kChannels];
     for (int c = 0; c < kChannels; ++c) {
       const int64_t feature = call.feature(panel, channel + c);
       weight[c] = static_cast<const T*>(call.values) + most<int64_t>(feature, 0) * call.values_stride;
     }
-    dots_most<kMost>(weight, x.at(0, first), x.line, call.columns, rows, totals + channel);
+    dots_most<kMost>(weight, x.at(0, first), x.line, call.columns, rows, rows <= 2 * kMost ? ahead : 0, totals + channel);
   }
 }
 
