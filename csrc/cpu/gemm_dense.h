@@ -35,7 +35,7 @@ LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, 
 #pragma GCC unroll 16
     for (int c = 0; c < Channels; ++c) {
       w[c] = load_weight(weights[c] + i, Span{});
-      if (ahead) __builtin_prefetch(weights[c] + i + ahead);
+      if (ahead) __builtin_prefetch(weights[c] + i + ahead, 0, 2);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
@@ -79,9 +79,9 @@ LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input
 template <class T, class Input>
 void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* totals) {
   constexpr int kChannels = 4, kMost = kRegisters == 32 ? 4 : 2;  // four streams of memory are faster than one
-  // Short rows end before the processor has seen that they are streams: the next channels are asked for instead.  With
-  // more rows of x arithmetic takes longer than memory.
-  const int64_t next = kChannels * call.values_stride, near = kAhead / int64_t(sizeof(T));
+  // Short rows end before the processor has seen that they are streams: the next channels are asked for instead.  Into the
+  // second cache, because the first one waits for too few lines at once to keep memory busy beside the products.
+  const int64_t next = kChannels * call.values_stride, near = 2 * kAhead / int64_t(sizeof(T));
   const int64_t ahead = call.columns >= near ? near : ceil_div(near, most<int64_t>(next, 1)) * next;
   for (int channel = 0; channel < kPanel; channel += kChannels) {
     const T* weight[kChannels];
@@ -89,7 +89,7 @@ void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& 
       const int64_t feature = call.feature(panel, channel + c);
       weight[c] = static_cast<const T*>(call.values) + most<int64_t>(feature, 0) * call.values_stride;
     }
-    dots_most<kMost>(weight, x.at(0, first), x.line, call.columns, rows, rows <= 2 * kMost ? ahead : 0, totals + channel);
+    dots_most<kMost>(weight, x.at(0, first), x.line, call.columns, rows, ahead, totals + channel);
   }
 }
 
