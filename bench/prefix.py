@@ -114,11 +114,12 @@ def measure(path: Path | None, rounds: int, turns: int) -> dict[str, Any]:
 def write(llm: LLM, prompt: Prompt, salt: str | None, most: int) -> tuple[list[int], float, int]:
     """The answer to a prompt, seconds to its first token, and how many tokens of the prompt were cached."""
     start = time.perf_counter()
-    deltas = llm.stream(prompt, SamplingParams(max_tokens=most, ignore_eos=True), salt=salt)
-    output = next(deltas).output
+    (output,) = llm.add(prompt, SamplingParams(max_tokens=most, ignore_eos=True), salt=salt)
+    while not output.tokens:
+        llm.step()
     first = time.perf_counter() - start
-    for _ in deltas:
-        pass
+    while output.finish_reason is None:
+        llm.step()
     return output.tokens, first, output.cached_tokens
 
 

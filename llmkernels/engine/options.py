@@ -1,6 +1,5 @@
 """What an LLM was asked for, checked, and what its checkpoint says about answering."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from llmkernels.engine.params import SamplingParams
 from llmkernels.engine.speculative import Speculation, Speculator
 from llmkernels.models.config import ModelConfig
 from llmkernels.models.files import CheckpointError
-from llmkernels.models.weights import DTYPES, Checkpoint, load
+from llmkernels.models.weights import DTYPES, Checkpoint, load, one_of
 
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
@@ -62,13 +61,6 @@ def default_params(generation: dict[str, Any]) -> SamplingParams:
         wishes = {name: generation[name] for name in ("top_k", "top_p", "min_p") if generation.get(name) is not None}
         params = replace(params, temperature=generation.get("temperature") or 1.0, **wishes)
     return params
-
-
-def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    value = str(value).removeprefix("torch.")
-    if value not in allowed:
-        raise CheckpointError(f"{name} is {value!r}; use one of auto, {', '.join(allowed)}")
-    return value
 
 
 def as_list(prompts: Any) -> list[Any]:

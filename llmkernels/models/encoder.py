@@ -17,8 +17,8 @@ from typing import Any
 
 import tokenizers
 
-BLOCK = 256  # characters
-MOST_BLOCKS = 4096  # remembered at once: then everything is forgotten
+BLOCK = 64  # characters
+MOST_BLOCKS = 16384  # remembered at once: then everything is forgotten
 AHEAD = 4  # characters: the longest contraction that patterns look for is 'll, and the space behind a space
 
 

@@ -4,6 +4,7 @@ config.json, generation_config.json and *.safetensors, single or sharded; nothin
 that a checkpoint brings along (auto_map) is ever imported.  What is wrong with a checkpoint is said in one line.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from llmkernels.models.model import Layer, Linear, Model, rotary_tables
 from llmkernels.quant import QuantizedWeight, formats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    """The name of a dtype, which must be one of these; CheckpointError."""
+    value = str(value).removeprefix("torch.")
+    if value not in allowed:
+        raise CheckpointError(f"{name} is {value!r}; use one of auto, {', '.join(allowed)}")
+    return value
 
 
 class Checkpoint:
