@@ -54,13 +54,14 @@ class Step:
 class DecodeGraphs:
     """The recorded steps of a model and its cache, over a block table that stays where it is.
 
+    decode: Model.decode, or what torch.compile makes of it.
     replayed, plain: steps of few tokens that were replayed, and that were not.  refused: reason -> plain steps because
     of it.
     """
 
-    def __init__(self, model: Model, cache: KVCache, table: BlockTable):
+    def __init__(self, model: Model, cache: KVCache, table: BlockTable, decode: Callable[..., torch.Tensor]):
         assert table.static
-        self.model, self.cache, self.table = model, cache, table
+        self.model, self.cache, self.decode = model, cache, decode
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
         self._fixed = model.device.type != "cpu"
@@ -92,7 +93,7 @@ class DecodeGraphs:
         torch.index_select(model.embedding, 0, inputs.tokens[:tokens], out=x)
         if layout.rows == [*range(tokens)]:
             (logits,), replayed = self._run(
-                form, lambda: (model.logits(*model.states(x, inputs.batch(layout), self.cache)),), tokens, sequences
+                form, lambda: (self.decode(x, inputs.batch(layout), self.cache),), tokens, sequences
             )
         else:  # the head has a recording of its own, of as many rows as are asked for
             states, replayed = self._run(

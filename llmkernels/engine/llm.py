@@ -9,7 +9,7 @@ from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.intake import Intake, Prompt
 from llmkernels.engine.lora import Adapters
-from llmkernels.engine.options import CACHE_DTYPES, as_list, build_speculator, default_params, device_of, read_draft
+from llmkernels.engine.options import CACHE_DTYPES, as_list, build_speculator, default_params, read_draft
 from llmkernels.engine.output import Delta, Feed, Output, best
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.params import SamplingParams
@@ -21,7 +21,7 @@ from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.speculative import Speculation
 from llmkernels.models import shipped_model
 from llmkernels.models.tokenizer import read_tokenizer
-from llmkernels.models.weights import DTYPES, Checkpoint, load, one_of
+from llmkernels.models.weights import DTYPES, Checkpoint, device_of, load, one_of
 
 
 class LLM:
@@ -45,6 +45,7 @@ class LLM:
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
         speculation: guess tokens ahead, by a draft model, by n-grams, or both; the texts stay the same.
         graphs: record decode steps and replay them: the same results with less work between the kernels.
+        compile: run the model through torch.compile, once, at the first step.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
@@ -69,6 +70,7 @@ class LLM:
         prefix_reuse: bool = True,
         speculation: Speculation | None = None,
         graphs: bool = True,
+        compile: bool = False,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
@@ -101,7 +103,7 @@ class LLM:
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(model, cache, (max_sequences, self.max_length) if graphs else None)
+        self._runner = Runner(model, cache, (max_sequences, self.max_length) if graphs else None, compile)
         self._runner.speculator = build_speculator(speculation, draft, self.max_length, self._runner.target)
         self._adapters = Adapters(model, self._scheduler)
         known = self.tokenizer, self.config.vocab, self.max_length, checkpoint.end_tokens

@@ -120,9 +120,10 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
-    def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
-        """Logits [samples vocab] of the rows asked for; keys and values of all tokens are written to the cache."""
-        x, residual = self.states(self.embedding[batch.tokens], batch, cache)
+    def decode(self, x: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+        """Logits [samples vocab] of the rows asked for, of embeddings x [tokens hidden]; keys and values of all tokens
+        are written to the cache.  Nothing but ops, where rows is None."""
+        x, residual = self.states(x, batch, cache)
         if batch.hidden:
             batch.hidden(llmkernels.rms_norm(x, self.norm, residual=residual, eps=self.config.eps)[0])
         if batch.rows is not None:
