@@ -7,10 +7,9 @@ as in transformers' GenerationMixin.generate(num_beams=width), the oracle of its
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from llmkernels.engine.output import Output
-from llmkernels.engine.params import MOST_LOGPROBS
+from llmkernels.engine.params import MOST_LOGPROBS, check
 from llmkernels.engine.scheduler import Scheduler
 from llmkernels.models.tokenizer import StopStrings
 
@@ -33,13 +32,9 @@ class BeamParams:
     early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
-        for name, most in (("width", MOST_LOGPROBS - 1), ("max_tokens", 2**31 - 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name} is {value!r}; give an integer from 1 to {most}")
-        penalty: Any = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not -10 <= penalty <= 10:
-            raise ValueError(f"length_penalty is {penalty!r}; give a number from -10 to 10")
+        check("width", self.width, int, 1, MOST_LOGPROBS - 1)
+        check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
+        check("length_penalty", self.length_penalty, float, -10, 10)
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise ValueError(f"early_stopping is {self.early_stopping!r}; give True, False or 'never'")
 

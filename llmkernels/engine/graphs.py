@@ -32,7 +32,7 @@ from llmkernels.engine.inputs import MOST_TOKENS, Inputs, filled
 from llmkernels.engine.layout import Layout, round_up, table_width
 from llmkernels.engine.recording import Replay, Results, capture, record, refusal, resized
 from llmkernels.engine.tables import BlockTable
-from llmkernels.models.model import Model, States
+from llmkernels.models.model import Model
 from llmkernels.settings import current
 
 MOST_STEPS = 64  # recorded at once: the one used longest ago is dropped for another
@@ -54,14 +54,14 @@ class Step:
 class DecodeGraphs:
     """The recorded steps of a model and its cache, over a block table that stays where it is.
 
-    states: Model.states, or what torch.compile makes of it.
+    decode: Model.decode, or what torch.compile makes of it.
     replayed, plain: steps of few tokens that were replayed, and that were not.  refused: reason -> plain steps because
     of it.
     """
 
-    def __init__(self, model: Model, cache: KVCache, table: BlockTable, states: States):
+    def __init__(self, model: Model, cache: KVCache, table: BlockTable, decode: Callable[..., torch.Tensor]):
         assert table.static
-        self.model, self.cache, self.table, self.states = model, cache, table, states
+        self.model, self.cache, self.decode = model, cache, decode
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
         self._fixed = model.device.type != "cpu"
@@ -93,11 +93,11 @@ class DecodeGraphs:
         torch.index_select(model.embedding, 0, inputs.tokens[:tokens], out=x)
         if layout.rows == [*range(tokens)]:
             (logits,), replayed = self._run(
-                form, lambda: (model.logits(*self.states(x, inputs.batch(layout), self.cache)),), tokens, sequences
+                form, lambda: (self.decode(x, inputs.batch(layout), self.cache),), tokens, sequences
             )
         else:  # the head has a recording of its own, of as many rows as are asked for
             states, replayed = self._run(
-                (*form, "states"), lambda: self.states(x, inputs.batch(layout), self.cache), tokens, sequences
+                (*form, "states"), lambda: model.states(x, inputs.batch(layout), self.cache), tokens, sequences
             )
             count = len(layout.rows)
             if not count:

@@ -30,8 +30,7 @@ class Inputs:
         sees = torch.zeros(count, 1, dtype=torch.uint32, pin_memory=pin)
         lengths, starts = (torch.zeros(sequences + 1, dtype=torch.int32, pin_memory=pin) for _ in range(2))
         self._staged = [long, adapters, sees, lengths, starts, table.array]
-        # the same memory on a CPU
-        self._there = [array.to(place) for array in self._staged] if place.type != "cpu" else self._staged
+        self._there = self._staged if place.type == "cpu" else [array.to(place) for array in self._staged]
         self._views = [array.numpy() for array in (*long, adapters, sees[:, 0], lengths, starts)]
         self.tokens = self._there[0][0]
         self.x, *self.ends = torch.empty(3, count, model.config.hidden, dtype=model.dtype, device=place)

@@ -9,7 +9,7 @@ from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.intake import Intake, Prompt
 from llmkernels.engine.lora import Adapters
-from llmkernels.engine.options import CACHE_DTYPES, as_list, build_speculator, default_params, device_of, read_draft
+from llmkernels.engine.options import CACHE_DTYPES, as_list, build_speculator, default_params, read_draft
 from llmkernels.engine.output import Delta, Feed, Output, best
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.params import SamplingParams
@@ -21,7 +21,7 @@ from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.speculative import Speculation
 from llmkernels.models import shipped_model
 from llmkernels.models.tokenizer import read_tokenizer
-from llmkernels.models.weights import DTYPES, Checkpoint, load, one_of
+from llmkernels.models.weights import DTYPES, Checkpoint, device_of, load, one_of
 
 
 class LLM:

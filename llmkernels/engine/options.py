@@ -66,15 +66,3 @@ def default_params(generation: dict[str, Any]) -> SamplingParams:
 def as_list(prompts: Any) -> list[Any]:
     """One prompt, a text or token ids, or many: always a list of prompts."""
     return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
-
-
-def device_of(wish: str) -> torch.device:
-    if wish == "auto":
-        wish = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wish)
-    except RuntimeError:
-        raise ValueError(f"device is {wish!r}; use 'auto', 'cpu', 'cuda' or 'cuda:<index>'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {wish!r}, but torch finds no GPU; use device='cpu'")
-    return device

@@ -60,35 +60,35 @@ class SamplingParams:
     embed: bool = False
 
     def __post_init__(self) -> None:
-        _check("n", self.n, int, 1, MOST_ANSWERS)
+        check("n", self.n, int, 1, MOST_ANSWERS)
         if self.best_of is not None:
-            _check("best_of", self.best_of, int, self.n, MOST_ANSWERS)
-        _check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
-        _check("temperature", self.temperature, float, 0, 1e6)
-        _check("top_k", self.top_k, int, 0, 2**31 - 1)
-        _check("top_p", self.top_p, float, 0, 1)
-        _check("min_p", self.min_p, float, 0, 1)
+            check("best_of", self.best_of, int, self.n, MOST_ANSWERS)
+        check("max_tokens", self.max_tokens, int, 1, 2**31 - 1)
+        check("temperature", self.temperature, float, 0, 1e6)
+        check("top_k", self.top_k, int, 0, 2**31 - 1)
+        check("top_p", self.top_p, float, 0, 1)
+        check("min_p", self.min_p, float, 0, 1)
         if self.top_p == 0:
             raise ValueError("top_p is 0, which keeps no token; give up to 1, or temperature=0 for greedy")
-        _check("repetition_penalty", self.repetition_penalty, float, 1e-2, 1e2)
-        _check("presence_penalty", self.presence_penalty, float, -100, 100)
-        _check("frequency_penalty", self.frequency_penalty, float, -100, 100)
-        _check("top_logprobs", self.top_logprobs, int, 0, MOST_LOGPROBS)
+        check("repetition_penalty", self.repetition_penalty, float, 1e-2, 1e2)
+        check("presence_penalty", self.presence_penalty, float, -100, 100)
+        check("frequency_penalty", self.frequency_penalty, float, -100, 100)
+        check("top_logprobs", self.top_logprobs, int, 0, MOST_LOGPROBS)
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias is {self.logit_bias!r:.80}; give a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
-            _check("a token of logit_bias", token, int, 0, 2**31 - 1)
-            _check(f"logit_bias[{token}]", bias, float, -100, 100)
+            check("a token of logit_bias", token, int, 0, 2**31 - 1)
+            check(f"logit_bias[{token}]", bias, float, -100, 100)
         given: Any = self.stop
         object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(given))
         for string in self.stop:
             if not isinstance(string, str) or not string:
                 raise ValueError(f"stop holds {string!r:.80}; give strings of at least one character")
         if self.seed is not None:
-            _check("seed", self.seed, int, -(2**63), 2**64 - 1)
+            check("seed", self.seed, int, -(2**63), 2**64 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
-            _check("stop_token_ids", token, int, 0, 2**31 - 1)
+            check("stop_token_ids", token, int, 0, 2**31 - 1)
         if self.structure is not None and not isinstance(self.structure, Structure):
             raise ValueError(
                 f"structure is {self.structure!r:.80}; give a Structure, as Structure(json_schema={{...}})"
@@ -109,7 +109,8 @@ class SamplingParams:
         return self.logprobs or self.answers > self.n
 
 
-def _check(name: str, value: Any, kind: type, low: float, high: float) -> None:
+def check(name: str, value: Any, kind: type, low: float, high: float) -> None:
+    """ValueError unless the value is of this kind, int or float, and in these bounds."""
     kinds = (int, float) if kind is float else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         what = "a number" if kind is float else "an integer"

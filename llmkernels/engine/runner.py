@@ -32,8 +32,8 @@ class Runner:
         if recorded:
             sequences, length = recorded
             pages, pinned = table_width(-(-length // cache.page_size)), model.device.type == "cuda"
-            # beams come on top, as many at most
-            self.table = BlockTable(rounded(2 * sequences), pages, static=True, pinned=pinned)
+            most = rounded(2 * sequences)  # beams come on top, as many at most
+            self.table = BlockTable(most, pages, static=True, pinned=pinned)
         self.target = Forward(model, cache, self.table, bool(recorded), compiled)
         self.speculator: Speculator | None = None
 

@@ -22,11 +22,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any
 
 from llmkernels.engine.forward import Forward
 from llmkernels.engine.guesses import NGrams, Way
 from llmkernels.engine.layout import Layout
+from llmkernels.engine.params import check
 from llmkernels.engine.sampling import Answer, Chosen, adjusted
 from llmkernels.engine.sequence import Chunk
 from llmkernels.engine.sequence import Sequence as Request
@@ -54,13 +54,9 @@ class Speculation:
     confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        sure: Any = self.confidence
-        if isinstance(sure, bool) or not isinstance(sure, (int, float)) or not 0 <= sure <= 1:
-            raise ValueError(f"speculation: confidence is {sure!r}; give a number from 0 to 1")
+        check("speculation: confidence", self.confidence, float, 0, 1)
         for name, low, high in (("ngram", 0, 8), ("depth", 1, 16), ("width", 1, 8)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"speculation: {name} is {value!r}; give an integer from {low} to {high}")
+            check(f"speculation: {name}", getattr(self, name), int, low, high)
         if self.draft is None and not self.ngram:
             raise ValueError("speculation: there is neither draft nor ngram; give draft=<path>, ngram=3, or both")
         if self.guesses > MOST_GUESSES:

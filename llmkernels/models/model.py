@@ -99,9 +99,6 @@ class Batch:
     hidden: Callable[[torch.Tensor], None] | None = None
 
 
-States = Callable[[torch.Tensor, Batch, Cache], tuple[torch.Tensor, torch.Tensor]]  # of Model.states
-
-
 @dataclass
 class Model:
     """A model in memory.  cos, sin: float32 [length, head_dim/2].  adapted: changes whenever the Deltas do."""
@@ -123,12 +120,10 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
-    def forward(self, batch: Batch, cache: Cache, states: States | None = None) -> torch.Tensor:
-        """Logits [samples vocab] of the rows asked for; keys and values of all tokens are written to the cache.
-
-        states: `states`, or what torch.compile makes of it.
-        """
-        x, residual = (states or self.states)(self.embedding[batch.tokens], batch, cache)
+    def decode(self, x: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
+        """Logits [samples vocab] of the rows asked for, of embeddings x [tokens hidden]; keys and values of all tokens
+        are written to the cache.  Nothing but ops, where rows is None."""
+        x, residual = self.states(x, batch, cache)
         if batch.hidden:
             batch.hidden(llmkernels.rms_norm(x, self.norm, residual=residual, eps=self.config.eps)[0])
         if batch.rows is not None:

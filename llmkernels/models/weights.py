@@ -27,6 +27,19 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
+def device_of(wish: str) -> torch.device:
+    """The device of this name, 'auto' among them; ValueError where there is none."""
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wish)
+    except RuntimeError:
+        raise ValueError(f"device is {wish!r}; use 'auto', 'cpu', 'cuda' or 'cuda:<index>'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {wish!r}, but torch finds no GPU; use device='cpu'")
+    return device
+
+
 class Checkpoint:
     """The files of one checkpoint, opened and checked; tensors are read when asked for."""
 
