@@ -40,7 +40,7 @@ def tiles(rows, features, columns, kind, dot, group, chip):
 
 
 @functools.lru_cache(4096)
-def tiles_few(features, columns, kind, group, chip):
+def tiles_few(block_m, features, columns, kind, group, chip):
     """Tile sizes and launch options of _few.multiply_few.  SLICES is num_warps, so that each warp has its own."""
     large = chip.shared >= LARGE_SHARED
     packed = kind in PACKED
