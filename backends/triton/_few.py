@@ -158,7 +158,7 @@ def _turned(a, SLICES: tl.constexpr):
 
 @triton.jit
 def _dot(weights, a, sums, SUM: tl.constexpr, SLICES: tl.constexpr):
-    """sums + weights [SLICES, BLOCK_N, k] times a [BLOCK_M, SLICES * k] of the same slice: [SLICES, BLOCK_N, BLOCK_M]."""
+    """sums [SLICES, BLOCK_N, BLOCK_M] + weights [SLICES, BLOCK_N, k] times, of each slice, a [BLOCK_M, SLICES * k]."""
     return tl.dot(weights, _turned(a, SLICES), sums, out_dtype=SUM, input_precision="ieee")
 
 
