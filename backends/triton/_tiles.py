@@ -68,18 +68,18 @@ def _few(block_m, features, kind, dot, chip):
     many = features >= 64 * chip.processors  # several tiles a processor, whatever their size
     if kind == "dense":
         return 16, 4, 4, 4
-    widest = 64 if _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
+    widest = 64 if many and _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
     if kind == "int4" and dot != torch.int8:
         if block_m == 8:
             return (32, 4, 4, 3) if many else (16, 8, 4, 3)
         if features <= 16 * chip.processors:
             return 16, 8, 4, 3
-        return (32, 8, 8, 3) if features <= 32 * chip.processors else (widest if many else 32, 4, 4, 3)
+        return (32, 8, 8, 3) if features <= 32 * chip.processors else (widest, 4, 4, 3)
     if kind == "int4":
         return (widest, 4, 4, 3) if many else (16, 4, 4, 6)
     if block_m == 8 or (dot.itemsize == 1 and not many):
         return 16, 4, 4, 4 if many else 6
-    return widest if many else 32, 4, 4, 5
+    return widest, 4, 4, 5
 
 
 def _busy(features, block_n, chip):
