@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Everything worth recording about the Triton kernels on a GPU, from a source tree that need not be installed:
 #
-#     bench/record_triton.sh OUT [STEP ...]      STEP: conformance graphs before tune after; all of them by default
+#     bench/record_triton.sh OUT [STEP ...]      STEP: conformance graphs before tune after records; all by default
 #
 #     conformance   every case of every contract              OUT/evidence.json, OUT/conformance.txt
 #     graphs        CUDA graphs, torch.compile                OUT/graphs.txt
 #     before        benchmarks with the heuristics and peers  OUT/bench-heuristics.json, .txt
 #     tune          tiles measured on this GPU                OUT/tuned.json, OUT/tune.txt
 #     after         benchmarks with those tiles and peers     OUT/bench.json, OUT/roofline.png
+#     records       this tree's records, and what is new      OUT/records/evidence.json, OUT/records/bench.json
 #
-# Copy evidence.json to llmkernels/evidence/<device>-triton.json, tuned.json to backends/triton/tuned/<device>.json and
-# bench.json to bench/results/<device>.json.  OPS="paged_attention rms_norm" limits before, tune and after; after
-# MINUTES=9, for each op named or in all, tune begins with no further kind of call.  A step that fails does not keep the
-# next ones from running; the exit code tells.
+# Copy records/evidence.json to llmkernels/evidence/<device>.json, records/bench.json to bench/results/<device>.json and
+# tuned.json to backends/triton/tuned/<device>.json.  records/bench.json holds the times of `before`, which is what the
+# library does without a table; RECORD=bench those of `after`.  OPS="paged_attention rms_norm" limits all but graphs,
+# CASE="decode" the benchmarks to calls whose names contain that.  JOBS processes examine kernels at once, as many as
+# there are cores: they wait for compilers.  After MINUTES=9, for each op named or in all, tune begins with no further
+# kind of call.  A step that fails does not keep the next ones from running; the exit code tells.
 set -uo pipefail
 out=${1:?usage: bench/record_triton.sh OUT [STEP ...]}
 shift
@@ -29,12 +32,34 @@ step() {
     echo "== $name: $*"
     "$@" 2>&1 | tee -a "$out/$name.txt" || failed=1
 }
+records() {
+    "$python" - "$out" "${RECORD:-bench-heuristics}" <<'PYTHON'
+import sys
+from pathlib import Path
+from llmkernels import status
+from llmkernels.bench import results
+out, times = Path(sys.argv[1]), sys.argv[2]
+if (out / "evidence.json").exists():
+    fresh = status.read(out / "evidence.json")
+    known = [record for record in status.records() if record["device"] == fresh[0]["device"]]
+    status.write(out / "records" / "evidence.json", [*known, *fresh])
+for file in [*out.glob(f"{times}.json"), *out.glob(f"{times}-*.json")]:
+    new, kept = results.read(file), out / "records" / "bench.json"
+    old = kept if kept.exists() else results.place(new["device"])
+    results.write(kept, results.merge(results.read(old), new) if old and old.exists() else new)
+PYTHON
+}
 "$python" -m llmkernels doctor --json > "$out/doctor.json" || failed=1
-for what in ${@:-conformance graphs before tune after}; do
+for what in ${@:-conformance graphs before tune after records}; do
     case $what in
         conformance)
-            step conformance "$python" -m llmkernels conformance --backend triton --device "$device" \
-                --record "$out/evidence.json" ;;
+            for op in ${OPS:-all}; do
+                only=()
+                if [ "$op" != all ]; then only=(--op "$op"); fi
+                step conformance "$python" -m llmkernels conformance --backend triton --device "$device" "${only[@]}" \
+                    --jobs "${JOBS:-$(nproc)}" --record "$out/evidence.json"
+            done ;;
+        records) step records records ;;
         graphs) step graphs "$python" "$here/tests/triton_gpu.py" ;;
         before | after)
             table=$out/no-table.json file=$out/bench-heuristics.json
@@ -43,7 +68,7 @@ for what in ${@:-conformance graphs before tune after}; do
                 only=() part=$file
                 if [ "$op" != all ]; then only=(--op "$op") part=${file%.json}-$op.json; fi
                 LLMKERNELS_TUNED=$table step "$what" "$python" -m llmkernels bench --peers --device "$device" \
-                    "${only[@]}" --json "$part" --plot "${part%.json}.png"
+                    "${only[@]}" --case "${CASE:-}" --json "$part" --plot "${part%.json}.png"
             done ;;
         tune)
             for op in ${OPS:-all}; do
@@ -51,7 +76,7 @@ for what in ${@:-conformance graphs before tune after}; do
                 if [ "$op" != all ]; then only=(--op "$op"); fi
                 step tune "$python" -m llmkernels tune --device "$device" --minutes "${MINUTES:-9}" "${only[@]}" --table "$out/tuned.json"
             done ;;
-        *) echo "no step $what; the steps are conformance graphs before tune after" && failed=1 ;;
+        *) echo "no step $what; the steps are conformance graphs before tune after records" && failed=1 ;;
     esac
 done
 exit $failed

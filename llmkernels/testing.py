@@ -64,13 +64,11 @@ def conform(
     """Every case of `op` (of all ops) in every dtype on `backend`.  `case` is a part of the names to keep.
 
     Ops that the backend has no file for are left out; `missing` names them.
-    jobs: processes at once, each with one thread; more than one on the CPU only.  Results keep their order.
+    jobs: processes at once, each with one thread.  Results keep their order.
 
     Raises:
         ValueError: no such op or backend, no emulation where one is asked for, or what the backend lacks here.
     """
-    if jobs > 1 and device != "cpu":
-        raise ValueError(f"jobs is {jobs} on {device}; several processes at once are for the CPU")
     if backend != REFERENCE and not emulate and (why := absent(backend)):
         raise ValueError(f"{backend} cannot be used here: {why}")
     without = missing(backend, op)
@@ -81,13 +79,13 @@ def conform(
                 yield check(*call, backend, device)
             return
         names = [(contract.name, kind, one.name) for contract, kind, one in asked]
-        forks = backend == REFERENCE or getattr(package(backend), "FORKS", True)
+        forks = device == "cpu" and (backend == REFERENCE or getattr(package(backend), "FORKS", True))
         if forks and backend != REFERENCE:
             for entry in OPS.values():  # loaded once, before the processes part
                 implementation(backend, entry.name)
         context = multiprocessing.get_context("fork" if forks else "spawn")
         with ProcessPoolExecutor(jobs, context, _prepare, (None if forks or not emulate else backend,)) as pool:
-            yield from pool.map(partial(_check_named, backend), names)
+            yield from pool.map(partial(_check_named, backend, device), names)
 
 
 _emulations = ExitStack()  # of a process of its own, for as long as it lives
@@ -106,10 +104,10 @@ def missing(backend: str, op: str | None = None) -> list[str]:
     return [] if backend == REFERENCE else [name for name in asked if not has(backend, name)]
 
 
-def _check_named(backend: str, names: tuple[str, str, str]) -> Result:
+def _check_named(backend: str, device: str, names: tuple[str, str, str]) -> Result:
     op, dtype, case = names
     contract = OPS[op].contract
-    return check(contract, dtype, next(one for one in contract.cases if one.name == case), backend)
+    return check(contract, dtype, next(one for one in contract.cases if one.name == case), backend, device)
 
 
 def calls(

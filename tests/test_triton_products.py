@@ -48,7 +48,7 @@ for rows in (3, 20):
         answers = []
         for split in (1, 2, 4, 8):
             few, many = _tiles.tiles_few, _tiles.tiles
-            _linear.tiles_few = lambda *a: few(*a) | {"SPLIT": split, "WIDE": 32, "SLICES": 2}
+            _linear.tiles_few = lambda *a: few(*a) | {"SPLIT": split, "WIDE": 64, "SLICES": 2}
             _linear.tiles = lambda *a: many(*a) | {"SPLIT": split, "BLOCK_K": 64}
             answers.append(quantized_gemm.run(x, w, bias=None).double())
         for answer in answers[1:]:

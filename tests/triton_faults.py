@@ -117,7 +117,13 @@ FAULTS = {
         "begin = share * length", "begin = share * (length + BLOCK_K)", ""
     ),
     "few rows: nibbles in the wrong order": Fault(
-        "_few", "tl.dot(odd, high", "tl.dot(even, high", "quantized_gemm", ("w4a16",)
+        "_few", "_dot(q1, a1, part", "_dot(q1, a3, part", "quantized_gemm", ("w4a16",)
+    ),
+    "few rows: halves of a byte in the wrong order": Fault(
+        "_few", "_dot(high, odd,", "_dot(high, even,", "quantized_gemm", ("w4a8", "mxfp4")
+    ),
+    "few rows: the sums of half the slices": Fault(
+        "_few", "sums = first + second", "sums = first", "quantized_gemm", ("",)
     ),
     "few rows: a slice has the scale of the next group": Fault(
         "_few", "* WIDE) // GROUP, groups", "* WIDE) // GROUP + 1, groups", "quantized_gemm", ("w4a16",)

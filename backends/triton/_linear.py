@@ -112,18 +112,22 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     }  # fmt: skip
     known = {"kind": kind, "dot": x.dtype, "group": group}
     if rows <= FEW and (INTERPRETED or x.dtype != torch.float32):
+        block_m = 8 if rows <= 8 and not chip_of(x).amd else FEW
         choice = choose(
-            "product_few", device, tiles_few(features, columns, kind, group, chip_of(x)),
-            **known, features=features, columns=columns,
+            "product_few", device, tiles_few(block_m, features, columns, kind, x.dtype, group, chip_of(x)),
+            **known, rows=block_m, features=features, columns=columns,
         )  # fmt: skip
         choice = choice | {"WIDE": min(choice["WIDE"], group or choice["WIDE"])}
         split, even = choice["SPLIT"], columns % (choice["SLICES"] * choice["WIDE"]) == 0
         parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
+        words = form.words is not None and x.dtype != torch.int8 and choice["WIDE"] >= 64  # 16 columns a product
+        if words:
+            values = form.words
         launch(
             multiply_few, (blocks(features, choice["BLOCK_N"]), split), x,
             x, x_scales, values, form.scales, form.zeros, bias, y, parts,
-            rows, features, columns, x.stride(0), values.stride(0), BLOCK_M=FEW, EVEN=even,
-            STAGES=choice["num_stages"], **common, **choice,
+            rows, features, columns, x.stride(0), values.stride(0),
+            EVEN=even, WORDS=words, BLOCK_M=block_m, STAGES=choice["num_stages"], **common, **choice,
         )  # fmt: skip
         _finish(parts, bias, y, activation, gated)
         return

@@ -78,19 +78,60 @@ SIGNED = tl.constexpr("""{
 }""")
 
 
+def _fours(kind, one, base):
+    """The same of two words of four nibbles: each nibble is moved to the end of its half, where `base` is added."""
+    lines = [f".reg .b32 one, moved; mov.b32 one, {one};"]
+    for index in range(4):
+        lines += [
+            f"shr.u32 moved, $4, {4 * index};",
+            f"lop3.b32 moved, moved, 0x000F000F, {base}, 0xEA;",
+            f"fma.rn.{kind} ${index}, moved, one, $5;",
+        ]
+    return "{" + "\n".join(lines) + "}"
+
+
+FOURS_BF16 = tl.constexpr(_fours("bf16x2", "0x3F803F80", "0x43004300"))
+FOURS_FP16 = tl.constexpr(_fours("f16x2", "0x3C003C00", "0x64006400"))
+
+
+@triton.jit
+def fours(words, zeros, ZEROS: tl.constexpr, DOT: tl.constexpr):
+    """The four nibbles of 16-bit words, the lowest first, as DOT, bfloat16 or float16; zeros as in `pairs`."""
+    offset = _offset(words, zeros, ZEROS, DOT)
+    if tl.bfloat16 == DOT:
+        four = tl.inline_asm_elementwise(
+            FOURS_BF16, "=r,=r,=r,=r,r,r", [words, offset],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        four = tl.inline_asm_elementwise(
+            FOURS_FP16, "=r,=r,=r,=r,r,r", [words, offset],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return four
+
+
+@triton.jit
+def _offset(codes, zeros, ZEROS: tl.constexpr, DOT: tl.constexpr):
+    """-(unit + zero point), what is added to unit + q, in the shape of codes."""
+    UNIT: tl.constexpr = 128 if tl.bfloat16 == DOT else 1024
+    if ZEROS:
+        offset = tl.broadcast_to((-UNIT - zeros.to(tl.int32)).to(DOT), codes.shape)
+    else:
+        offset = tl.full(codes.shape, -(UNIT + 8), DOT)
+    return offset
+
+
 @triton.jit
 def pairs(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
     """The low and the high halves of bytes, codes and zeros of one shape or broadcast to it, as DOT.
 
     DOT is bfloat16, float16 or, for symmetric int4, int8.
     """
-    UNIT: tl.constexpr = 128 if tl.bfloat16 == DOT else 1024
     if tl.int8 == DOT:
         both = tl.inline_asm_elementwise(SIGNED, "=r,=r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
     else:
-        offset = tl.full(codes.shape, -(UNIT + 8), DOT)
-        if ZEROS:
-            offset = tl.broadcast_to((-UNIT - zeros.to(tl.int32)).to(DOT), codes.shape)
+        offset = _offset(codes, zeros, ZEROS, DOT)
         if tl.bfloat16 == DOT:
             both = tl.inline_asm_elementwise(
                 INTEGERS_BF16 if KIND == "int4" else E2M1_BF16, "=r,=r,=r,=r,r,r,r", [codes, offset],

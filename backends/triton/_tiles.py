@@ -40,27 +40,46 @@ def tiles(rows, features, columns, kind, dot, group, chip):
 
 
 @functools.lru_cache(4096)
-def tiles_few(features, columns, kind, group, chip):
-    """Tile sizes and launch options of _few.multiply_few.  SLICES is num_warps, so that each warp has its own."""
+def tiles_few(block_m, features, columns, kind, dot, group, chip):
+    """Tile sizes and launch options of _few.multiply_few.  SLICES is a multiple of num_warps: each warp has its own."""
     large = chip.shared >= LARGE_SHARED
     packed = kind in PACKED
     wide = (128 if packed or INTERPRETED else 64) // (1 if large or INTERPRETED else 2)
     wide = min(wide, group or wide)
     deep = columns >= 8192  # long shares hide what it costs to add them
-    short = wide < 64 and packed  # slices of a small group: more stages, so that as many bytes are on their way
-    block_n = 16 if kind == "dense" else 32
-    if features >= 64 * chip.processors:
-        block_n = 64 if not packed or _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
-    elif deep:
-        block_n = 32
-    block_n = 128 if INTERPRETED else min(block_n, 64 if large else 32)
-    wanted = chip.processors * (2 if deep or short else 1)
-    stages = 3 if kind == "dense" or packed else 5
+    short = wide < 64 and packed  # slices of a small group: as many bytes shall be on their way
+    if INTERPRETED:
+        block_n, slices, warps, stages = 128, 4, 4, 3
+    elif large:
+        block_n, slices, warps, stages = (32, 8, 8, 3) if short else _few(block_m, features, kind, dot, chip)
+    else:
+        block_n = 16 if kind == "dense" and not deep and features < 64 * chip.processors else 32
+        slices, warps, stages = 4, 4, 2
+    wanted = 2 * chip.processors if short or (deep and not large) else chip.processors // (2 if large else 1)
     return {
-        "BLOCK_N": block_n, "WIDE": wide, "SLICES": 4,
-        "SPLIT": _split(blocks(features, block_n), wanted, columns, 4 * wide),
-        "num_warps": 4, "num_stages": 2 if not large else 4 if short else stages,
+        "BLOCK_N": block_n, "WIDE": wide, "SLICES": slices,
+        "SPLIT": _split(blocks(features, block_n), wanted, columns, slices * wide),
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def _few(block_m, features, kind, dot, chip):
+    """(BLOCK_N, SLICES, num_warps, num_stages) where shared memory holds what is on its way, as an H100's does."""
+    many = features >= 64 * chip.processors  # several tiles a processor, whatever their size
+    if kind == "dense":
+        return 16, 4, 4, 4
+    widest = 64 if many and _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
+    if kind == "int4" and dot != torch.int8:
+        if block_m == 8:
+            return (32, 4, 4, 3) if many else (16, 8, 4, 3)
+        if features <= 16 * chip.processors:
+            return 16, 8, 4, 3
+        return (32, 8, 8, 3) if features <= 32 * chip.processors else (widest, 4, 4, 3)
+    if kind == "int4":
+        return (widest, 4, 4, 3) if many else (16, 4, 4, 6)
+    if block_m == 8 or (dot.itemsize == 1 and not many):
+        return 16, 4, 4, 4 if many else 6
+    return widest, 4, 4, 5
 
 
 def _busy(features, block_n, chip):

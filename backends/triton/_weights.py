@@ -24,6 +24,7 @@ class Form:
     rounding: str | None = None  # what x is rounded to
     x_group: int = 0
     input_scale: Any = None
+    words: Any = None  # of int4: values as int16 [features, columns / 4], where columns and rows are whole words
 
 
 def dense(weight):
@@ -42,13 +43,14 @@ def form(weight):
 
 def _form(weight):
     scheme, values = weight.scheme, weight.values
+    values = values if values.stride(1) == 1 else values.contiguous()
     scales = readable(weight.scales)
     if scheme.granularity == "tensor":
         scales = scales.expand(weight.shape[0], 1)
     return Form(
         kind=scheme.weight,
         shape=weight.shape,
-        values=values if values.stride(1) == 1 else values.contiguous(),
+        values=values,
         scales=scales.contiguous(),
         zeros=None if weight.zeros is None else weight.zeros.contiguous(),
         permutation=None if weight.permutation is None else weight.permutation.contiguous(),
@@ -58,7 +60,13 @@ def _form(weight):
         rounding=scheme.activation,
         x_group=scheme.activation_group if scheme.activation else 0,
         input_scale=weight.input_scale,
+        words=_words(values) if scheme.weight == "int4" and weight.shape[1] % 4 == 0 else None,
     )
+
+
+def _words(values):
+    whole = values.data_ptr() % 2 == 0 and values.storage_offset() % 2 == 0 and values.stride(0) % 2 == 0
+    return values.view(torch.int16) if whole else None
 
 
 def _tops(weight):

@@ -48,7 +48,7 @@ def run(
         dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     rows = group * min(queries, blocks(tokens, seqs))
     heuristic = _tiles(
-        chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim,
+        chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim, programs=seqs * kv_heads,
         tree=tree_mask is not None, window=window[0] >= 0,
     )  # fmt: skip
     heuristic.setdefault("EDGE", heuristic["BLOCK_N"])
@@ -101,8 +101,11 @@ def run(
     return (out, lse) if return_lse else out
 
 
-def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree, window):
-    """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average."""
+def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, window):
+    """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average.
+
+    programs: that there are while none shares its keys with another.
+    """
     wide = max(dim, v_dim)
     if INTERPRETED:
         edge = 128 if rows <= 16 else 64
@@ -123,14 +126,16 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, tree, window):
             return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-        block_n = 128 if block_m == 16 and wide <= 128 and cached > 1 else 64
+        light = block_m == 16 and wide <= 128 and cached > 1
+        block_n = 128 if light and 2 * programs > chip.processors else 64
         if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
             block_n = 32
         stages = 3 if cached > 1 else 5
         if keys <= 1024:  # few passes: smaller ones begin sooner
             block_n, stages = min(block_n, 64), 2
+        warps = 2 if light and block_n == 64 else 4  # who shares a pass waits for the others
         edge = min(block_n, 32) if block_m > 16 else block_n  # masks of 32 rows take registers
-        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "EDGE": edge, "num_warps": 4, "num_stages": stages}
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "EDGE": edge, "num_warps": warps, "num_stages": stages}
     if chip.amd:
         return {"BLOCK_M": 128, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
     if tree:  # its words lie in shared memory too

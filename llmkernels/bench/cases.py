@@ -36,9 +36,10 @@ def _timed(name: str, quick: bool = False, cpu: bool = True, **args: Any) -> Tim
 
 
 def _decode(batch: int, context: int, quick: bool = False, **more: Any) -> Timed:
-    """One new token a sequence."""
+    """One new token a sequence.  The bounds that an engine tells are told, here and of prompts."""
     name = f"decode {batch} x {context}" + "".join(f", {v}" for v in more.values() if isinstance(v, str))
-    args: Mapping[str, Any] = {"new": (1,) * batch, "lengths": (context,) * batch} | HEADS | more
+    bounds = {"max_seqlen_q": 1, "max_seqlen_k": context}
+    args: Mapping[str, Any] = {"new": (1,) * batch, "lengths": (context,) * batch} | bounds | HEADS | more
     return Timed(Case(name, args), quick, cpu=batch * context <= CPU_TOKENS)
 
 
@@ -46,7 +47,8 @@ def _prefill(batch: int, tokens: int, cached: int = 0, quick: bool = False, cpu:
     """A prompt, or a chunk of one behind `cached` keys."""
     name = f"prefill {batch} x {tokens}" + (f" after {cached}" if cached else "")
     name += "".join(f", {key} {value}" for key, value in more.items())
-    args: Mapping[str, Any] = {"new": (tokens,) * batch, "lengths": (cached + tokens,) * batch} | HEADS | more
+    bounds = {"max_seqlen_q": tokens, "max_seqlen_k": cached + tokens}
+    args: Mapping[str, Any] = {"new": (tokens,) * batch, "lengths": (cached + tokens,) * batch} | bounds | HEADS | more
     return Timed(Case(name, args), quick, cpu)
 
 

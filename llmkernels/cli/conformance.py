@@ -26,7 +26,7 @@ def conformance(
     emulated: Annotated[
         bool, typer.Option("--emulated", help="Run the kernels through the emulation the backend offers, on the CPU.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at once, on the CPU.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 1,
     record: Annotated[
         Path | None,
         typer.Option(help="Add what ran to this file; `llmkernels status` shows llmkernels/evidence/*.json."),
