@@ -55,11 +55,25 @@ FAULTS = {
         ("window",), "end <= position + 1\n", "end <= position + live\n"
     ),
     "the sum is not rescaled": Fault(("decode",), "total[held, part] = shrink * total", "total[held, part] = total"),
+    "a token is put before its page is there": Fault(
+        ("a step that writes",),
+        """        await_pages(block, not edge)
+        if options.writes:
+            pl.when(block + 1 == blocks)(lambda: write_token(buffer, block))
+""",
+        """        if options.writes:
+            pl.when(block + 1 == blocks)(lambda: write_token(buffer, block))
+        await_pages(block, not edge)
+""",
+    ),
+    "no wait for the page that is written": Fault(
+        ("a step that writes",), "pltpu.make_async_copy(stage, stage, stored).wait()", "pass"
+    ),
     "write_kv waits for no tile": Fault(
         ("write_kv, bfloat16, some tokens",), "        fetch(run, end)\n", "", "write_kv.py"
     ),
     "write_kv forgets the other slots of a word": Fault(
-        ("write_kv, bfloat16, some tokens",), "(words & kept) | new", "new", "write_kv.py"
+        ("write_kv, bfloat16, some tokens",), "(words & kept) | new", "new", "_slots.py"
     ),
     "write_kv takes a tile before it was written": Fault(
         ("write_kv, bfloat16, a full cache",), "jnp.diff(slots // height) != 0", "slots[1:] >= 0", "write_kv.py"

@@ -14,6 +14,7 @@ import pytest
 pytestmark = pytest.mark.skipif(not util.find_spec("jax"), reason="jax is not installed")
 QUICK = (
     "no wait for a copy",
+    "a token is put before its page is there",
     "a page that does not exist",
     "the scale of the first head",
     "write_kv waits for no tile",

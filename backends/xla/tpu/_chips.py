@@ -30,6 +30,7 @@ class Chip:
         fp8, int8: whether the matrix unit multiplies them.
         pages: of a block of attention at most: each is a copy that the program spells out.
         decode_keys: of a block whose update is unrolled: as many as registers are not spilled for.
+        registers: vector registers, of 4 KiB each.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Chip:
     int8: bool = True
     pages: int = 16
     decode_keys: int = 768
+    registers: int = 64
 
     @property
     def vmem_limit(self):
@@ -58,7 +60,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", "v4:1x1x1", 128, 16 * MIB, 1.2e12, 275e12, int8=False, decode_keys=256),
+        Chip("v4", "TPU v4", "v4:1x1x1", 128, 16 * MIB, 1.2e12, 275e12, int8=False, decode_keys=256, registers=32),
         Chip("v5e", "TPU v5 lite", "v5e:1x1", 128, 128 * MIB, 0.82e12, 197e12),
         Chip("v5p", "TPU v5p", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
         Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12),

@@ -54,9 +54,7 @@ def linear(
     if scheme is not None and weight.permutation is not None:  # stored column j belongs to feature permutation[j]
         x = jnp.take(x, weight.permutation, axis=1)
     values, scales, zeros = (weight, None, None) if scheme is None else parts(weight)
-    blocks = choose(
-        chip, rows=x.shape[0], features=out, columns=columns, kind=kind, packed=scheme is not None and scheme.packed
-    )
+    blocks = choose(chip, rows=x.shape[0], features=out, columns=columns, kind=kind, zeros=zeros is not None)
     y = product(
         x.astype(kind.dot), carried(values), scales, zeros, kind=kind, blocks=blocks, x_scales=x_scales,
         row_scale=row_scale, bias=bias, out_dtype=multiplied_as(dtype),
@@ -123,7 +121,7 @@ def plan(x, weight, *, activation="none", **options):
     rows, features = max(1, prod(x.shape[:-1])), max(1, weight.shape[0] // kind.parts)
     b = choose(
         chip, rows=rows, features=features, columns=max(1, weight.shape[1]), kind=kind,
-        packed=scheme is not None and scheme.packed,
+        zeros=scheme is not None and not scheme.symmetric,
     )  # fmt: skip
     words = f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}"
     return f"{words}, {b.vmem >> 10} KiB of VMEM on {chip.name}"

@@ -28,19 +28,29 @@ from ._numbers import LANES, cleared, converted, multiply, tile_rows
 from ._tiles import divisor, lanes, power
 
 CHUNK = LANES  # columns that meet in the matrix unit at once, where they share scales
-FEW = 64  # rows: beyond, columns that share a scale are multiplied in passes
-LONGEST = 512  # columns of such a pass
-PIECE = (128, 256)  # rows and features multiplied at once where there are more: 32 of 64 registers hold the sum
+FEW = 64  # rows: beyond, the weight is unpacked once for pieces of them
+LONGEST = 512  # columns of a run
+HEIGHT = 128  # rows of a piece
 EPILOGUE_ROWS = 32  # at a time
+PACKED = ("int4", "mxfp4")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of one grid step, and the bytes of VMEM that the cost model expects."""
+    """Sizes of one grid step, and the bytes of VMEM that the cost model expects.
+
+    Args:
+        m, n, k: rows, features and columns of a block.
+        height, width: rows and features that are multiplied at once, so that registers hold what is live.
+        run: columns, as stored, that they are multiplied by.
+    """
 
     m: int
     n: int
     k: int
+    height: int
+    width: int
+    run: int
     vmem: int
     vmem_limit: int
 
@@ -82,7 +92,7 @@ def product(
     rows, features = x.shape[0], values.shape[0] // kind.parts
     m, n, k = blocks.m, blocks.n, blocks.k
     padded_rows, steps = -(-rows // m) * m, -(-kind.columns // k)
-    packed = kind.weight in ("int4", "mxfp4")
+    packed = kind.weight in PACKED
     x = jnp.pad(x, ((0, padded_rows - rows), (0, steps * k - x.shape[1])))
     if packed:
         x = x.reshape(padded_rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(x.shape)
@@ -112,13 +122,18 @@ def product(
         operands.append(bias.astype(jnp.float32).reshape(kind.parts, features))
         specs.append(pl.BlockSpec((kind.parts, n), lambda i, j, s: (0, j)))
     there = [given is not None for given in (scales, zeros, x_scales, row_scale, bias)]
+    stored = -(-kind.columns // 2) if packed else kind.columns
+    direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
+    scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
+    if not (direct or m <= FEW):
+        scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
-        functools.partial(_kernel, kind, there, -(-kind.columns // 2) if packed else kind.columns),
+        functools.partial(_kernel, kind, blocks, there, stored),
         grid=(padded_rows // m, -(-features // n), steps),
         in_specs=specs,
         out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
         out_shape=jax.ShapeDtypeStruct((padded_rows, features), out_dtype),
-        scratch_shapes=[pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind)), pltpu.VMEM((n, _run(kind, m, k)), kind.dot)],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
@@ -132,41 +147,50 @@ def _sum_dtype(kind):
     return jnp.int32 if kind.dot == jnp.int8 and not kind.group else jnp.float32
 
 
-def _kernel(kind, there, stored, x, w, *refs):
+def _kernel(kind, blocks, there, stored, x, w, *refs):
     """One block.  x [BM BK], w [parts BN BK], scales [1 groups parts BN], zeros [1 parts BN groups] ..."""
     held = list(refs)
     scales, zeros, x_scales, row_scale, bias = (held.pop(0) if given else None for given in there)
-    y, acc, unpacked = held
+    y, acc, *unpacked = held
+    kept = [unpacked[0].at[i] for i in range(unpacked[0].shape[0])] if unpacked else []
     step, steps = pl.program_id(2), pl.num_programs(2)
+    (rows, _), (_, features, width), run = x.shape, w.shape, blocks.run
 
     @pl.when(step == 0)
     def _():
         acc[...] = jnp.zeros_like(acc)
 
-    def multiply_run(at):
-        """The run of stored columns that begins at `at`, of each part; many rows in pieces."""
+    def multiply_run(at, part):
+        """The run of stored columns that begins at `at`; the weight of many rows is unpacked before."""
+
+        def chunks(own):
+            offsets = None if zeros is None else zeros.at[0, part, own]
+            return _chunks(kind, w.at[part, own], offsets, at, run, step, stored)
+
+        def unpack(_, own):
+            for i, chunk in enumerate(chunks(own)):
+                kept[i][own] = chunk
+
+        def multiply_piece(down, own):
+            theirs = None if scales is None else scales.at[:, :, :, own]
+            groups = None if x_scales is None else x_scales.at[down]
+            for i, chunk in enumerate((held[own] for held in kept) if kept else chunks(own)):
+                first = _first(kind, at, i)
+                columns = x[down, pl.ds(first, chunk.shape[1])]
+                _add(kind, part, first, columns, chunk, theirs, groups, acc.at[:, down, own], step)
+
+        if kept:
+            _for_pieces(1, features, 1, blocks.width, unpack)
+        _for_pieces(rows, features, blocks.height, blocks.width, multiply_piece)
+
+    def multiply_runs(at):
         for part in range(kind.parts):
-            offsets = None if zeros is None else zeros.at[0, part]
-            for first, chunk in _chunks(kind, w.at[part], offsets, at, run, step, stored):
-                columns = pl.ds(first, chunk.shape[1])
-                if x.shape[0] <= FEW:
-                    _add(kind, part, first, x[:, columns], chunk, scales, x_scales, acc, step)
-                    continue
-                unpacked[...] = chunk
+            multiply_run(at, part)
 
-                def piece(rows, features, part=part, first=first, columns=columns):
-                    total = acc.at[:, rows, features]
-                    own = None if scales is None else scales.at[:, :, :, features]
-                    groups = None if x_scales is None else x_scales.at[rows]
-                    _add(kind, part, first, x[rows, columns], unpacked[features], own, groups, total, step)
-
-                _for_pieces(x.shape[0], w.shape[1], piece)
-
-    run = _run(kind, *x.shape)
-    if run == w.shape[2]:
-        multiply_run(0)
+    if run == width:
+        multiply_runs(0)
     else:  # a loop keeps one run's registers apart from the next one's
-        pl.loop(0, w.shape[2] // run)(lambda i: multiply_run(pl.multiple_of(i * run, run)))
+        pl.loop(0, width // run)(lambda i: multiply_runs(pl.multiple_of(i * run, run)))
 
     height = min(x.shape[0], EPILOGUE_ROWS)
 
@@ -186,44 +210,39 @@ def _kernel(kind, there, stored, x, w, *refs):
             y[rows] = activated(z, kind.activation).astype(y.dtype)
 
 
-def _for_pieces(rows, features, do):
+def _for_pieces(rows, features, height, width, do):
     """do(rows, features) for pieces of a block, in a loop: so the registers of one are apart from those of the next."""
-    height, width = divisor(rows, PIECE[0], EPILOGUE_ROWS), min(features, PIECE[1])
     across = features // width
+    if rows == height and across == 1:
+        do(pl.ds(0, rows), pl.ds(0, features))
+        return
 
     @pl.loop(0, rows // height * across)
     def _(i):
-        down = lax.div(i, across)
         own = pl.ds(pl.multiple_of(lax.rem(i, across) * width, width), width)
-        do(pl.ds(pl.multiple_of(down * height, height), height), own)
+        do(pl.ds(pl.multiple_of(lax.div(i, across) * height, height), height), own)
 
 
-def _run(kind, rows, columns):
-    """Columns of w, as stored, that one pass multiplies."""
-    if kind.group or kind.weight in ("int4", "mxfp4"):
-        return CHUNK
-    return columns if rows <= FEW else min(columns, LONGEST)
+def _first(kind, at, i):
+    """The first column of chunk i of the run of stored columns that begins at `at`."""
+    return 2 * at + i * CHUNK if kind.weight in PACKED else at
 
 
 def _chunks(kind, w, zeros, at, run, step, stored):
-    """(first column, [BN columns] as multiplied) of what meets in the matrix unit of one run."""
-    if kind.weight not in ("int4", "mxfp4"):
-        chunk = _less(kind, w[:, pl.ds(at, run)], zeros, at)
-        yield at, _inside(chunk, at, step, w.shape[1], stored)
-    else:
-        words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)  # four rows of bytes in each
-        low, high = words & 0x0F0F0F0F, lax.shift_right_logical(words, 4) & 0x0F0F0F0F
-        left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
-        pair = (
-            jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
-            jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
-        )
-        for half, nibbles in enumerate(pair):
-            if kind.weight == "int4":  # less 8 in every byte; the bit above keeps it from borrowing
-                nibbles = ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)
-            chunk = pltpu.bitcast(nibbles, jnp.int8)
-            first = 2 * at + half * CHUNK
-            yield first, _e2m1(chunk, kind.dot) if kind.weight == "mxfp4" else _less(kind, chunk, zeros, first)
+    """[features columns] as multiplied: what meets in the matrix unit of one run."""
+    if kind.weight not in PACKED:
+        yield _inside(_less(kind, w[:, pl.ds(at, run)], zeros, at), at, step, w.shape[1], stored)
+        return
+    words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)  # four rows of bytes in each
+    low, high = words & _bytes(0x0F), lax.shift_right_logical(words, 4) & _bytes(0x0F)
+    left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
+    pair = (
+        jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
+        jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
+    )
+    for i, nibbles in enumerate(pair):
+        whole = _e2m1(nibbles) if kind.weight == "mxfp4" else _less_eight(nibbles)
+        yield _less(kind, pltpu.bitcast(whole, jnp.int8), zeros, _first(kind, at, i))
 
 
 def _bytes(byte):
@@ -231,12 +250,22 @@ def _bytes(byte):
     return jnp.int32(int.from_bytes(bytes([byte] * 4), "little", signed=True))
 
 
-def _e2m1(codes, dtype):
-    """Twice the number of each code, which is whole: 0 1 2 3 4 6 8 12 rises in straight lines, so it is a maximum."""
-    code = codes.astype(jnp.float32)
-    size = jnp.where(code >= 8, code - 8, code)
-    twice = jnp.maximum(size, jnp.maximum(2 * size - 4, 4 * size - 16))
-    return jnp.where(code >= 8, -twice, twice).astype(dtype)
+def _less_eight(nibbles):
+    """Less 8 in every byte; the bit above keeps it from borrowing."""
+    return ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)
+
+
+def _e2m1(codes):
+    """In each byte twice the number of a code, which is whole: 0 1 2 3 4 6 8 12, with the sign that bit 3 says.
+
+    2 s - 4 for sizes s of 4 and 5 is s + (s & 3); 6 and 7 want that too, and 7 two more.
+    """
+    size, fours = codes & _bytes(0x07), codes & _bytes(0x04)
+    seven = (size & lax.shift_right_logical(size, 1) & lax.shift_right_logical(size, 2)) & _bytes(0x01)
+    twice = size + (size & (fours - lax.shift_right_logical(fours, 2))) + (seven << 1)
+    sign = codes & _bytes(0x08)
+    negative = (sign << 1) - lax.shift_right_logical(sign, 3)  # 15 where it is
+    return ((twice | _bytes(0x80)) - ((twice & negative) << 1)) ^ _bytes(0x80)
 
 
 def _inside(chunk, at, step, width, stored):
@@ -320,25 +349,33 @@ ACTIVATIONS = {
 }
 
 
-def choose(chip, *, rows, features, columns, kind, packed):
+def choose(chip, *, rows, features, columns, kind, zeros):
     """Sizes of a step.  Few rows: the weight is read once and copies bound the time, so its blocks are large and few.
     Many rows: as many as fit, since the weight is read, and unpacked, once for each BM of them."""
-    size = jnp.dtype(kind.dot).itemsize
+    size, packed = jnp.dtype(kind.dot).itemsize, kind.weight in PACKED
     unit = tile_rows(kind.dot)
     most = 512 if size < 4 else 256
     m = min(-(-rows // unit) * unit, most)
     m = -(-m // EPILOGUE_ROWS) * EPILOGUE_ROWS if m > EPILOGUE_ROWS else m
     least = 2 * CHUNK if packed else CHUNK
     stacked = 0 < kind.group < CHUNK  # copies of x, and sums, for each group of a chunk
-    n = min(power(max(features, LANES)), (128 if stacked or kind.weight == "mxfp4" else 512) // kind.parts)
+    n = min(power(max(features, LANES)), (128 if stacked else 512) // kind.parts)
     n = max(n, LANES)
     stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
     k = min(power(max(columns, least)), 2048)
 
+    def run(k):
+        if kind.group or packed:
+            return CHUNK
+        return k if m <= FEW and chip.registers >= 64 else min(k, LONGEST)
+
     def vmem(k):
-        weights = 2 * kind.parts * n * k * stored + kind.parts * n * (CHUNK if kind.group else k) * size
+        weights = 2 * kind.parts * n * k * stored + n * run(k) * (2 if packed else 1) * size
         return int(weights + 2 * m * k * size + m * n * (4 * kind.parts + 2 * size))
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
         k //= 2
-    return Blocks(m, n, k, vmem(k), chip.vmem_limit)
+    height = m if m <= FEW else divisor(m, HEIGHT, EPILOGUE_ROWS)
+    live = 8 * chip.registers if m <= FEW else 4 * chip.registers  # features: of a chunk, or of a piece's sum
+    width = max(LANES, min(n, live // 2 if zeros else live))
+    return Blocks(m, n, k, height, width, run(k), vmem(k), chip.vmem_limit)

@@ -24,7 +24,7 @@ from ._tiles import lanes
 WORTH = 1 << 20
 COPIED = 2 << 20  # bytes of a block, all arrays together: copies that long run at the memory's speed
 NUMBERS = 4 << 10  # that are looked at together: 4 of 64 vector registers, as float32
-UNROLLED = 2  # with more, registers are spilled
+REGISTERS = 32  # for each column block that is looked at before the next turn of a loop
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def chunk_of(strip):
 def each(width, chunk, do, state=None):
     """do(columns, state) for every `chunk` columns of `width`, and for those left over, from left to right."""
     count = width // chunk
-    unrolled = min(count, UNROLLED)
+    unrolled = min(count, current().registers // REGISTERS)
 
     def several(i, state):
         for j in range(unrolled):

@@ -17,7 +17,7 @@ from ._numbers import LANES, SUBLANES, tile_rows
 FIELDS = 10  # numbers of one tile in `scalars`
 MOST_UNROLLED = 16  # rows
 # From libtpu's schedules (docs/tpu.md): with more keys a block each costs fewer bundles, until registers spill.
-SCORES = 24 * 1024  # of an unrolled update: 24 of the 64 registers
+SCORES = 384  # of an unrolled update, for each register of the chip: 3 of 8 registers
 PREFILL_KEYS = 256
 NARROW_KEYS = 128  # of an update whose scores or keys take more registers than they fill
 ROWS = 128  # of an update in a loop
@@ -152,7 +152,7 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
         wanted //= 2
     pages = max(1, min(wanted // page_size, chip.pages, chip.vmem_limit // 2 // (4 * page_bytes)))
     height = rows if unrolled else divisor(rows, max(unit, ROWS // 8 if narrow else ROWS), unit)
-    at_once = divisor(kv_heads, max(1, SCORES // (rows * pages * page_size)), 1) if unrolled else 1
+    at_once = divisor(kv_heads, max(1, SCORES * chip.registers // (rows * pages * page_size)), 1) if unrolled else 1
     row_bytes = (2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize
     vmem = 2 * pages * page_bytes + kv_heads * rows * row_bytes
     return Tiles(size, rows, pages, at_once, height, unrolled, vmem, chip.vmem_limit)
