@@ -49,7 +49,7 @@ def complaint(name, mode, rows=None):
     asked = {key: value for key, value in options.items() if key not in ("scales", "writes")}
     size = max(1, min(4, max(new)))
     tiles = _tiles.Tiles(
-        size, 8 * -(-size * GROUP // 8), 2, 1 if size > 1 else 2, 8 * -(-size * GROUP // 8), size == 1, 0, 0
+        size, 8 * -(-size * GROUP // 8), 2, 1 if size > 1 else 2, 8 * -(-size * GROUP // 8), PAGE, size == 1, 0, 0
     )
     params = pltpu.InterpretParams(
         dma_execution_mode=mode, uninitialized_memory="nan", detect_races=mode == "eager", out_of_bounds_reads="raise"

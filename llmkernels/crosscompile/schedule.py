@@ -13,7 +13,7 @@ from pathlib import Path
 FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2},?\s*)*:\s*(>*)\s*(.*)$")
 _NAME = re.compile(r"^\d+-(.+)-\d+-final_bundles\.txt$")
-_COMPARED = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder %\w+, (\d+)\b")
+_COMPARED = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%p\w+\), )?%\w+, (\d+)\b")
 _BACK = re.compile(r"sbr\.rel \(!(%p\w+)\) target = \$region(\d+)")
 _BRANCH = re.compile(r"sbr\.rel \((!?)%p\w+\) target = \$region(\d+)")
 _VMEM = re.compile(r"space=vmem, size = (0x[0-9a-f]+),[^\n]* scoped")

@@ -93,9 +93,7 @@ def numbers(program: schedule.Schedule) -> dict[str, Any]:
     }
 
 
-def schedules(
-    backend: str, target: str, made: Callable
-) -> tuple[list[schedule.Schedule], list[schedule.Schedule]]:
+def schedules(backend: str, target: str, made: Callable) -> tuple[list[schedule.Schedule], list[schedule.Schedule]]:
     """The Pallas kernels of a program for one core of that generation, and XLA's own parts.  The process is prepared.
 
     Args:

@@ -28,8 +28,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._numbers import LANES, SUBLANES, cleared, multiplied_as, multiply, rows_of_pages, tile_rows
-from ._slots import height_of, put, words_of
+from ._numbers import LANES, SUBLANES, converted, multiplied_as, multiply, rows_of_pages, tile_rows
+from ._slots import clear, height_of, put, words_of
 from ._tiles import FIELDS, Tiles, cut, divisor
 
 SCALARS = 3  # arrays in scalar memory
@@ -229,37 +229,47 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
         return jnp.where(visible(part, key, own), s, MASKED) if edge else s
 
     def visible(part, key, own):
-        seen = (key >= first_key) & (key < end_key)
+        first, end = first_key, end_key  # of each row; the cuts of a tile hold for all of its rows
+        if options.causal and not options.words:
+            end = jnp.minimum(end, own + 1)
+        elif options.window[1] >= 0 and not options.words:
+            end = jnp.minimum(end, own + options.window[1] + 1)
+        if options.window[0] >= 0 and not options.words:
+            first = jnp.maximum(first, own - options.window[0])
+        seen = (key >= first) & (key < end)
         if options.words:
             new = key - base
             bit = jnp.zeros(key.shape, jnp.int32)
             for w in range(options.words):
                 word = lax.shift_right_logical(jnp.broadcast_to(words[0, part, pl.ds(w, 1)], key.shape), new & 31)
                 bit = jnp.where(new >> 5 == w, word, bit)
-            return seen & ((new < 0) | (bit & 1 == 1))
-        if options.causal:
-            seen &= key <= own
-        if options.window[0] >= 0:
-            seen &= key >= own - options.window[0]
-        if options.window[1] >= 0 and not options.causal:
-            seen &= key <= own + options.window[1]
+            seen &= (new < 0) | (bit & 1 == 1)
         return seen
 
-    def update(first_head, part, buffer, begin, edge):
-        """The rows `part` of some heads against a block: top, total and acc."""
+    def update(first_head, part, buffer, begin, edge, at=None):
+        """The rows `part` of some heads against a block, or its keys from `at` on: top, total and acc."""
         dtype = multiplied_as(q.dtype)
         held = pl.ds(first_head, tiles.heads_at_once)
         heads = [first_head + i for i in range(tiles.heads_at_once)]
-        s = jnp.stack([scores(h, part, rows_of_pages(k_buffer[buffer, :, h], dtype), begin, edge) for h in heads])
+
+        def of(pages, head):
+            """[keys dim]: those of the block, or as many of a page as are multiplied at once."""
+            if at is None:
+                return rows_of_pages(pages[buffer, :, head], dtype)
+            own = pl.ds(pl.multiple_of(lax.rem(at, options.page_size), tiles.keys_at_once), tiles.keys_at_once)
+            return converted(pages[buffer, lax.div(at, options.page_size), head, own], dtype)
+
+        s = jnp.stack([scores(h, part, of(k_buffer, h), begin, edge) for h in heads])
         before = top[held, part]
         after = jnp.maximum(before, jnp.max(s, axis=-1, keepdims=True))
-        p = jnp.exp2(s - after[..., :1])
+        p = jnp.exp2(s - _across(after, s.shape[-1]))
         shrink = jnp.exp2(before - after)
         top[held, part] = after
         total[held, part] = shrink * total[held, part] + jnp.sum(p, axis=-1, keepdims=True)
         for i, h in enumerate(heads):
-            values = rows_of_pages(v_buffer[buffer, :, h], dtype)
-            acc[h, part] = acc[h, part] * shrink[i, :, :1] + multiply(p[i].astype(dtype), values)
+            acc[h, part] = acc[h, part] * _across(shrink[i], acc.shape[2]) + multiply(
+                p[i].astype(dtype), of(v_buffer, h)
+            )
 
     def multiply_block(block, edge):
         buffer, begin = lax.rem(number + block, 2), (first_page + block * tiles.pages) * options.page_size
@@ -267,12 +277,21 @@ def _kernel(options, tiles, work, table, scales, q, *refs):
         if options.writes:
             pl.when(block + 1 == blocks)(lambda: write_token(buffer, block))
         if edge:
-            _clear(v_buffer, buffer, first_key - begin, end_key - begin)
+            clear(v_buffer, buffer, first_key - begin, end_key - begin)
         if tiles.unrolled:  # short updates: the schedule hides the latency of one behind others
             for h in range(0, kv_heads, tiles.heads_at_once):
                 update(h, pl.ds(0, tiles.rows), buffer, begin, edge)
-        else:
-            _for_parts(kv_heads, tiles.rows, tiles.rows_at_once, lambda h, part: update(h, part, buffer, begin, edge))
+            return
+
+        def update_part(head, part):
+            if tiles.keys_at_once == tiles.pages * options.page_size:
+                update(head, part, buffer, begin, edge)
+            else:
+                pl.loop(0, tiles.pages * options.page_size, step=tiles.keys_at_once)(
+                    lambda at: update(head, part, buffer, begin + at, edge, at)
+                )
+
+        _for_parts(kv_heads, tiles.rows, tiles.rows_at_once, update_part)
 
     def whole(begin, end):
         """Whether every row of the tile sees every key of the block."""
@@ -328,22 +347,17 @@ def _for_parts(kv_heads, rows, height, do):
         do(lax.rem(i, kv_heads), pl.ds(pl.multiple_of(lax.div(i, kv_heads) * height, height), height))
 
 
+def _across(x, width):
+    """x [... LANES], the same on every lane, as [... width]: whole registers again, which moves nothing."""
+    if width % LANES:
+        return x[..., :width] if width < LANES else jnp.broadcast_to(x[..., :1], (*x.shape[:-1], width))
+    return jnp.concatenate([x] * (width // LANES), -1)
+
+
 def _token(part, shape, group):
     """Which token of its tile each row belongs to: the row divided by `group`, exactly, for rows below 2 ** 14."""
     row = part.start + lax.broadcasted_iota(jnp.int32, shape, 0)
     return row >> (group.bit_length() - 1) if group & (group - 1) == 0 else (row * (-(-(1 << 16) // group))) >> 16
-
-
-def _clear(v_buffer, buffer, begin, end):
-    """Zeros for the values of a block outside begin..end."""
-    pages, kv_heads, page_size, dim = v_buffer.shape[1:]
-    for i in range(pages):
-
-        @pl.when((i * page_size < begin) | ((i + 1) * page_size > end))
-        def _(i=i):
-            slot = i * page_size + lax.broadcasted_iota(jnp.int32, (page_size, dim), 0)
-            for h in range(kv_heads):
-                v_buffer[buffer, i, h] = cleared(v_buffer[buffer, i, h], (slot >= begin) & (slot < end))
 
 
 def _finish(h, part, v_scale, sinks, top, total, acc, out, lse):
@@ -362,7 +376,7 @@ def _finish(h, part, v_scale, sinks, top, total, acc, out, lse):
         factor = jnp.where(seen, 1.0 / jnp.where(seen, weight, 1.0), 0.0)
     if v_scale is not None:
         factor = factor * v_scale
-    out[0, h, part] = (acc[h, part] * factor[:, :1]).astype(out.dtype)
+    out[0, h, part] = (acc[h, part] * _across(factor, acc.shape[2])).astype(out.dtype)
     if lse is not None:
         lse[0, h, part] = jnp.where(
             weight > 0, (largest + jnp.log2(jnp.where(weight > 0, weight, 1.0))) * LN2, -jnp.inf

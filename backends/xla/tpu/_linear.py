@@ -95,7 +95,7 @@ def kind_of(scheme, dtype, columns, activation, chip):
 
 
 def parts(weight):
-    """(values as stored, scales float32 [out groups], zeros float32 [out groups] or None)."""
+    """(values as stored, scales float32 [out groups], zeros [out groups], of int4 uint8, else float32, or None)."""
     scheme, scales, zeros = weight.scheme, weight.scales, weight.zeros
     if scheme.weight == "mxfp4":  # the kernel has twice the numbers
         scales = jnp.exp2(scales.astype(jnp.float32) - 128)
@@ -103,8 +103,8 @@ def parts(weight):
         scales = jnp.repeat(scales, BLOCK, axis=0)[: weight.shape[0]]
     elif scheme.granularity == "tensor":
         scales = jnp.broadcast_to(scales, (weight.shape[0], 1))
-    if zeros is not None:
-        zeros = zeros.astype(jnp.float32) - (8 if scheme.weight == "int4" else 0)
+    if zeros is not None and scheme.weight != "int4":
+        zeros = zeros.astype(jnp.float32)
     return weight.values, scales.astype(jnp.float32), zeros
 
 

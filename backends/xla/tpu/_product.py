@@ -32,6 +32,7 @@ FEW = 64  # rows: beyond, the weight is unpacked once for pieces of them
 LONGEST = 512  # columns of a run
 HEIGHT = 128  # rows of a piece
 EPILOGUE_ROWS = 32  # at a time
+UNPACKED = 64  # features at a time
 PACKED = ("int4", "mxfp4")
 
 
@@ -43,6 +44,8 @@ class Blocks:
         m, n, k: rows, features and columns of a block.
         height, width: rows and features that are multiplied at once, so that registers hold what is live.
         run: columns, as stored, that they are multiplied by.
+        stacks: whether x, cleared for each group of a chunk, is one tall factor.
+        unpacked: features that are made into what is multiplied at a time, before they are; 0 where all in one go.
     """
 
     m: int
@@ -51,6 +54,8 @@ class Blocks:
     height: int
     width: int
     run: int
+    stacks: bool
+    unpacked: int
     vmem: int
     vmem_limit: int
 
@@ -85,7 +90,7 @@ def product(
         x: [M K], columns in the order of the stored weight, in kind.dot or int8 or e4m3.
         values: [N K] or, packed, [N K / 2]; float16 as uint16.
         scales: float32 [N groups]; [N 1] where a scale serves a row; None for a dense weight.
-        zeros: float32 [N groups], the zero point less what the kernel takes from each value itself (8 of int4).
+        zeros: [N groups], of int4 uint8, else float32.
         x_scales: float32 [M groups], of x rounded in groups.
         row_scale: float32 [M], what a row of the sum is multiplied by: 1 / rms, or the scale of a rounded row.
     """
@@ -125,7 +130,7 @@ def product(
     stored = -(-kind.columns // 2) if packed else kind.columns
     direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
     scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
-    if not (direct or m <= FEW):
+    if blocks.unpacked and not direct:
         scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
         functools.partial(_kernel, kind, blocks, there, stored),
@@ -171,17 +176,22 @@ def _kernel(kind, blocks, there, stored, x, w, *refs):
             for i, chunk in enumerate(chunks(own)):
                 kept[i][own] = chunk
 
-        def multiply_piece(down, own):
+        def multiply_piece(down, own, which=None):
+            if together:
+                unpack(down, own)
             theirs = None if scales is None else scales.at[:, :, :, own]
             groups = None if x_scales is None else x_scales.at[down]
             for i, chunk in enumerate((held[own] for held in kept) if kept else chunks(own)):
-                first = _first(kind, at, i)
-                columns = x[down, pl.ds(first, chunk.shape[1])]
-                _add(kind, part, first, columns, chunk, theirs, groups, acc.at[:, down, own], step)
+                if which in (None, i):
+                    first = _first(kind, at, i)
+                    columns = x[down, pl.ds(first, chunk.shape[1])]
+                    _add(kind, blocks, part, first, columns, chunk, theirs, groups, acc.at[:, down, own], step)
 
-        if kept:
-            _for_pieces(1, features, 1, blocks.width, unpack)
-        _for_pieces(rows, features, blocks.height, blocks.width, multiply_piece)
+        together = kept and rows == blocks.height and blocks.unpacked == blocks.width
+        if kept and not together:
+            _for_pieces(1, features, 1, blocks.unpacked, unpack)
+        for which in range(len(kept)) if kept and 0 < kind.group < CHUNK else [None]:
+            _for_pieces(rows, features, blocks.height, blocks.width, functools.partial(multiply_piece, which=which))
 
     def multiply_runs(at):
         for part in range(kind.parts):
@@ -241,8 +251,8 @@ def _chunks(kind, w, zeros, at, run, step, stored):
         jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
     )
     for i, nibbles in enumerate(pair):
-        whole = _e2m1(nibbles) if kind.weight == "mxfp4" else _less_eight(nibbles)
-        yield _less(kind, pltpu.bitcast(whole, jnp.int8), zeros, _first(kind, at, i))
+        whole = _e2m1(nibbles) if kind.weight == "mxfp4" else _centred(kind, nibbles, zeros, _first(kind, at, i))
+        yield converted(pltpu.bitcast(whole, jnp.int8), kind.dot)
 
 
 def _bytes(byte):
@@ -250,9 +260,10 @@ def _bytes(byte):
     return jnp.int32(int.from_bytes(bytes([byte] * 4), "little", signed=True))
 
 
-def _less_eight(nibbles):
-    """Less 8 in every byte; the bit above keeps it from borrowing."""
-    return ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)
+def _centred(kind, nibbles, zeros, at):
+    """In each byte a nibble less its zero point z: 128 - z more carries into no other byte, and flips the sign bit."""
+    taken = _bytes(0x08) if zeros is None else _of_groups(kind, pltpu.bitcast(zeros[...], jnp.int32), at)
+    return (nibbles + (_bytes(0x80) - taken)) ^ _bytes(0x80)
 
 
 def _e2m1(codes):
@@ -280,13 +291,18 @@ def _less(kind, chunk, zeros, at):
     """A chunk of stored numbers, from column `at` on, less the zero points of its groups; as multiplied."""
     if zeros is None:
         return converted(chunk, kind.dot)
-    if not kind.group:
-        return (chunk.astype(jnp.float32) - zeros[...]).astype(kind.dot)
-    group, shift = _group(kind, at), kind.group.bit_length() - 1
-    lane, taken = _stored_lane(kind, chunk.shape), _column(zeros, group)
-    for i in range(1, CHUNK // kind.group):
-        taken = jnp.where(lane >> shift == i, _column(zeros, group + i), taken)
+    taken = _of_groups(kind, zeros[...], at) if kind.group else zeros[...]
     return (chunk.astype(jnp.float32) - taken).astype(kind.dot)
+
+
+def _of_groups(kind, numbers, at):
+    """Numbers [rows groups] of each row's groups as [rows CHUNK], or [rows 1] of one: for columns from `at` on."""
+    group, shift, within = _group(kind, at), kind.group.bit_length() - 1, CHUNK // kind.group
+    taken = _column(numbers, group)
+    lane = _stored_lane(kind, (numbers.shape[0], CHUNK)) >> shift
+    for i in range(1, within):
+        taken = jnp.where(lane == i, _column(numbers, group + i), taken)
+    return taken
 
 
 def _group(kind, at):
@@ -300,7 +316,7 @@ def _stored_lane(kind, shape):
     return (lane & (CHUNK // 2 - 1)) * 2 if kind.weight in ("int4", "mxfp4") else lane
 
 
-def _add(kind, part, at, x, chunk, scales, x_scales, acc, step):
+def _add(kind, blocks, part, at, x, chunk, scales, x_scales, acc, step):
     """Columns at .. at + 128 of one part (all of a block, where a scale serves a row) into the sum."""
     if not kind.group:
         acc[part] += multiply(x, chunk, transposed=True)
@@ -308,20 +324,23 @@ def _add(kind, part, at, x, chunk, scales, x_scales, acc, step):
     within, group = max(1, CHUNK // kind.group), _group(kind, at)  # groups of a chunk, the first
     lane = _stored_lane(kind, x.shape)
     masked = [x] if within == 1 else [cleared(x, lane >> kind.group.bit_length() - 1 == i) for i in range(within)]
-    sums = multiply(jnp.concatenate(masked, 0), chunk, transposed=True).astype(jnp.float32)
+    if blocks.stacks:
+        sums = multiply(jnp.concatenate(masked, 0), chunk, transposed=True).reshape(within, *acc.shape[1:])
+    else:
+        sums = [multiply(one, chunk, transposed=True) for one in masked]
     total = None
     for i in range(within):
-        one = sums[i * x.shape[0] : (i + 1) * x.shape[0]] * scales[0, group + i, part][None, :]
+        one = sums[i].astype(jnp.float32) * scales[0, group + i, part][None, :]
         if x_scales is not None:
-            one *= _column(x_scales, step * scales.shape[1] + group + i)
+            one *= _column(x_scales[...], step * scales.shape[1] + group + i)
         total = one if total is None else total + one
     acc[part] += total
 
 
-def _column(ref, index):
-    """[rows 1]: one column of a ref, by a sum over lanes, since which one is not known before."""
-    lane = lax.broadcasted_iota(jnp.int32, ref.shape, 1)
-    return jnp.sum(jnp.where(lane == index, ref[...], 0.0), axis=1, keepdims=True)
+def _column(numbers, index):
+    """[rows 1]: one column, by a sum over lanes, since which one is not known before."""
+    lane = lax.broadcasted_iota(jnp.int32, numbers.shape, 1)
+    return jnp.sum(jnp.where(lane == index, numbers, jnp.zeros_like(numbers)), axis=1, keepdims=True)
 
 
 def activated(z, activation):
@@ -364,10 +383,12 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
     k = min(power(max(columns, least)), 2048)
 
+    tight = chip.registers < 64
+
     def run(k):
         if kind.group or packed:
             return CHUNK
-        return k if m <= FEW and chip.registers >= 64 else min(k, LONGEST)
+        return k if m <= FEW and not tight else min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
 
     def vmem(k):
         weights = 2 * kind.parts * n * k * stored + n * run(k) * (2 if packed else 1) * size
@@ -375,7 +396,8 @@ def choose(chip, *, rows, features, columns, kind, zeros):
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
         k //= 2
-    height = m if m <= FEW else divisor(m, HEIGHT, EPILOGUE_ROWS)
-    live = 8 * chip.registers if m <= FEW else 4 * chip.registers  # features: of a chunk, or of a piece's sum
-    width = max(LANES, min(n, live // 2 if zeros else live))
-    return Blocks(m, n, k, height, width, run(k), vmem(k), chip.vmem_limit)
+    height = m if m <= FEW else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
+    live = chip.features[zeros]  # beyond few rows, of a piece's sum
+    width = max(LANES, min(n, live if m <= FEW else 4 * chip.registers))
+    unpacked = UNPACKED if m > FEW else width if tight and packed else 0
+    return Blocks(m, n, k, height, width, run(k), not tight, unpacked, vmem(k), chip.vmem_limit)
