@@ -6,7 +6,7 @@ libtpu writes them where LIBTPU_INIT_ARGS has FLAGS; the flags are undocumented,
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,18 +51,18 @@ class Schedule:
     def spills(self) -> int:
         return sum(self.slots["VSTORE:SPILL"])
 
-    def used(self, unit: str, inside: range | None = None) -> float:
+    def used(self, unit: str, inside: Sequence[int] = ()) -> float:
         """The share of a unit's slots that is used, in some bundles or in all."""
         inside = inside or range(self.bundles)
         return sum(self.slots[unit][i] for i in inside) / max(1, self.capacity[unit] * len(inside))
 
-    def issued(self, inside: range | None = None) -> int:
-        """Bundles that run, every branch taken; a loop of unknown length counts once."""
-        weights = [1] * self.bundles
+    def runs(self) -> list[int]:
+        """How often each bundle runs, every branch taken; a loop of unknown length counts once."""
+        times = [1] * self.bundles
         for loop, turns in self.turns:
             for i in loop:
-                weights[i] *= max(1, turns)
-        return sum(weights[i] for i in inside or range(self.bundles))
+                times[i] *= max(1, turns)
+        return times
 
     def loops(self, depth: int) -> Iterator[range]:
         """The runs of bundles that stand in `depth` loops or more."""

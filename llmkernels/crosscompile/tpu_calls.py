@@ -44,11 +44,12 @@ def chosen(targets: Sequence[str]) -> Iterator[tuple[Call, str]]:
         yield from ((call, name) for name in mine)
 
 
-def _attend(
+def attention(
     name: str, tokens: int = 8, seqs: int = 8, keys: int = 2048, heads: int = HEADS, kv_heads: int = KV_HEADS,
     dim: int = DIM, v_dim: int | None = None, page: int = PAGE, dtype: str = "bfloat16", stored: str | None = None,
     writes: bool = False, **options: Any,
 ) -> Call:  # fmt: skip
+    """A call of paged_attention; writes: of the kernel that writes what it reads."""
     pages = keys // page
     cache = (min(seqs * pages, 4096), page, kv_heads)
     arrays = {
@@ -74,32 +75,38 @@ def _attend(
 def _attention() -> Iterator[Call]:
     head = ((HEADS,), "float32")
     one = ((1,), "float32")
-    yield _attend("decode 8 x 2k")
-    yield _attend("decode 64 x 16k", tokens=64, seqs=64, keys=16384)
-    yield _attend("decode, pages of 16", page=16)
-    yield _attend("decode, heads of 64", dim=64)
-    yield _attend("decode, heads of 256", dim=256)
-    yield _attend("decode, MHA", heads=8)
-    yield _attend("decode, group of 7", heads=14, kv_heads=2)
-    yield _attend("decode, MLA", heads=16, kv_heads=1, dim=576, v_dim=512)
+    yield attention("decode 8 x 2k")
+    yield attention("decode 64 x 16k", tokens=64, seqs=64, keys=16384)
+    yield attention("decode, pages of 16", page=16)
+    yield attention("decode, heads of 64", dim=64)
+    yield attention("decode, heads of 256", dim=256)
+    yield attention("decode, MHA", heads=8)
+    yield attention("decode, group of 7", heads=14, kv_heads=2)
+    yield attention("decode, MLA", heads=16, kv_heads=1, dim=576, v_dim=512)
     for stored in ("int8", "float8_e4m3fn", "float8_e5m2"):
-        yield _attend(f"decode, {stored} cache", stored=stored, k_scale=one, v_scale=one)
-    yield _attend("decode", dtype="float16")
-    yield _attend("decode", dtype="float32")
-    yield _attend("prefill 2 x 256", tokens=512, seqs=2)
-    yield _attend("prefill 1 x 2048", tokens=2048, seqs=1)
-    yield _attend("chunks in float32", tokens=64, seqs=2, dtype="float32")
-    yield _attend("window and lse", tokens=64, seqs=4, window=(1024, 0), return_lse=True)
-    yield _attend("soft cap, sinks", tokens=64, seqs=4, soft_cap=30.0, sinks=head)
-    yield _attend("ALiBi", tokens=64, seqs=4, alibi_slopes=head)
-    yield _attend("tree", tokens=64, seqs=8, tree_mask=((64, 1), "uint32"))
+        yield attention(f"decode, {stored} cache", stored=stored, k_scale=one, v_scale=one)
+    yield attention("decode", dtype="float16")
+    yield attention("decode", dtype="float32")
+    yield attention("prefill 2 x 256", tokens=512, seqs=2)
+    yield attention("prefill 1 x 2048", tokens=2048, seqs=1)
+    yield attention("chunks in float32", tokens=64, seqs=2, dtype="float32")
+    yield attention("window and lse", tokens=64, seqs=4, window=(1024, 0), return_lse=True)
+    yield attention("soft cap, sinks", tokens=64, seqs=4, soft_cap=30.0, sinks=head)
+    yield attention("ALiBi", tokens=64, seqs=4, alibi_slopes=head)
+    yield attention("tree", tokens=64, seqs=8, tree_mask=((64, 1), "uint32"))
 
 
 def _steps() -> Iterator[Call]:
     """Decode whose attention writes."""
     one = ((1,), "float32")
-    yield _attend("decode that writes", writes=True, max_seqlen_q=1)
-    yield _attend("decode that writes, int8", stored="int8", k_scale=one, v_scale=one, writes=True, max_seqlen_q=1)
+    yield attention("decode that writes", writes=True, max_seqlen_q=1)
+    yield attention("decode that writes, int8", stored="int8", k_scale=one, v_scale=one, writes=True, max_seqlen_q=1)
+
+
+def product(scheme: str, rows: int) -> Call:
+    """A call of quantized_gemm."""
+    arrays: dict[str, Any] = {"x": ((rows, HIDDEN), "bfloat16"), "weight": ("weight", scheme, HIDDEN, HIDDEN)}
+    return Call("quantized_gemm", f"{scheme}, {rows} rows", "bfloat16", arrays, {"bias": None})
 
 
 def _products() -> Iterator[Call]:
@@ -116,10 +123,7 @@ def _products() -> Iterator[Call]:
     )
     for scheme in schemes:
         for rows in (8, 512):
-            yield Call(
-                "quantized_gemm", f"{scheme}, {rows} rows", "bfloat16",
-                {"x": ((rows, HIDDEN), "bfloat16"), "weight": ("weight", scheme, HIDDEN, HIDDEN)}, {"bias": None},
-            )  # fmt: skip
+            yield product(scheme, rows)
 
 
 def _layers() -> Iterator[Call]:
