@@ -96,9 +96,9 @@ FAULTS = {
     ),
     "zero points of the group before": Fault(
         ("quantized_gemm, float32, w4a16_g128_zp, 17 x",),
-        "taken = _column(numbers, group)",
-        "taken = _column(numbers, 0)",
-        "_product.py",
+        "taken = column(numbers, group)",
+        "taken = column(numbers, 0)",
+        "_stored.py",
     ),
 }
 
