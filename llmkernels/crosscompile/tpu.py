@@ -111,7 +111,7 @@ def schedules(backend: str, target: str, made: Callable) -> tuple[list[schedule.
     run, positional, named = made(jax.sharding.SingleDeviceSharding(device))
     with jax.default_device(device):  # where Pallas looks for the generation
         compiled = jax.jit(run).lower(positional, named).compile()
-    names = _KERNEL.findall(compiled.as_text())
+    names = _KERNEL.findall(compiled.as_text() or "")
     found = schedule.read(folder)
     return [one for one in found if one.name in names], [one for one in found if one.name not in names]
 

@@ -61,11 +61,23 @@ class Chip:
         return 2 * self.matrix
 
 
-V4 = {"int8": False, "decode_keys": 256, "narrow_keys": 32, "features": (128, 128), "registers": 32}
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", "v4:1x1x1", 128, 16 * MIB, 1.2e12, 275e12, **V4),
+        Chip(
+            "v4",
+            "TPU v4",
+            "v4:1x1x1",
+            128,
+            16 * MIB,
+            1.2e12,
+            275e12,
+            int8=False,
+            decode_keys=256,
+            narrow_keys=32,
+            features=(128, 128),
+            registers=32,
+        ),
         Chip("v5e", "TPU v5 lite", "v5e:1x1", 128, 128 * MIB, 0.82e12, 197e12),
         Chip("v5p", "TPU v5", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
         Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12, features=(512, 256)),

@@ -154,7 +154,7 @@ def _kernel(kind, blocks, there, stored, x, w, *refs):
     y, acc, *unpacked = held
     kept = [unpacked[0].at[i] for i in range(unpacked[0].shape[0])] if unpacked else []
     step, steps = pl.program_id(2), pl.num_programs(2)
-    (rows, _), (_, features, width), run = x.shape, w.shape, blocks.run
+    rows, features, width, run = x.shape[0], w.shape[1], w.shape[2], blocks.run
 
     @pl.when(step == 0)
     def _():
