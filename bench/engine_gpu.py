@@ -1,4 +1,5 @@
-"""Tokens a second of the engine on a GPU, its decode steps as CUDA graphs and not: the same text, or no number.
+"""Tokens a second of the engine on a GPU, its decode steps as CUDA graphs, with torch.compile, and neither: the same
+text, or no number.
 
     python bench/engine_gpu.py --json FILE
 
@@ -27,6 +28,7 @@ KINDS = {
     RANDOM: ({"dtype": "bfloat16"}, {"quantize": "w4a16_g128"}),
 }
 SEQUENCES = (1, 16)
+MODES = ({"graphs": True}, {"graphs": True, "compile": True}, {"graphs": False})
 
 
 def main() -> None:
@@ -40,33 +42,31 @@ def main() -> None:
         for kind in KINDS[model]:
             for sequences in SEQUENCES:
                 rows += measure(model, kind, sequences, options.backend)
-                print(json.dumps(rows[-2]), json.dumps(rows[-1]), sep="\n", flush=True)
+                print(*map(json.dumps, rows[-len(MODES) :]), sep="\n", flush=True)
     if options.json:
         facts = {"device": roofline.device_name("cuda"), "versions": status.versions(), "rows": rows}
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def measure(model: str, kind: dict, sequences: int, backend: str) -> list[dict]:
-    """A row with graphs and one without.  SystemExit where their texts differ."""
+    """A row for each of MODES.  SystemExit where their texts differ."""
     if model == RANDOM and not (checkpoint(model) / "config.json").exists():
         folder().mkdir(mode=0o700, exist_ok=True)
         random_checkpoint(checkpoint(model))
     rows, texts = [], []
-    for graphs in (True, False):
+    for mode in MODES:
         with use(backend, policy="strict"):
-            found, text = decode(model, kind, sequences, graphs)
-        rows.append({"model": model, **kind, "sequences": sequences, "graphs": graphs, "backend": backend, **found})
+            found, text = decode(model, kind | mode, sequences)
+        rows.append({"model": model, **kind, "sequences": sequences, **mode, "backend": backend, **found})
         texts.append(text)
-    if texts[0] != texts[1]:
-        raise SystemExit(f"{model} {kind}, {sequences} sequences: with graphs the engine writes another text")
+        if text != texts[0]:
+            raise SystemExit(f"{model} {kind}, {sequences} sequences: {mode} writes another text than {MODES[0]}")
     return rows
 
 
-def decode(model: str, kind: dict, sequences: int, graphs: bool) -> tuple[dict, list[list[int]]]:
+def decode(model: str, kind: dict, sequences: int) -> tuple[dict, list[list[int]]]:
     """(tokens a second of decoding, and of everything, of all sequences together; steps), and what was written."""
-    llm = LLM(
-        checkpoint(model), tokenizer=False, device="cuda", max_length=512, prefix_reuse=False, graphs=graphs, **kind
-    )
+    llm = LLM(checkpoint(model), tokenizer=False, device="cuda", max_length=512, prefix_reuse=False, **kind)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, llm.config.vocab, (sequences, PROMPT), generator=generator).tolist()
 

@@ -18,6 +18,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,7 @@ from llmkernels.bench import serving
 from llmkernels.engine import shipped_model
 
 SHIPPED, RANDOM = "manual-5m", "llama-0.5b"
-CONTEXT, THREADS, LIMIT = 512, 2, 240  # tokens; threads; seconds for one engine
+CONTEXT, THREADS, LIMIT = 512, 2, 360  # tokens; threads; seconds for one engine at one concurrency
 LLAMA = {  # 0.51 billion parameters
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -89,18 +91,22 @@ def main() -> None:
             for row in measure(engine, model, weights, at, per_client):
                 found.setdefault(key(row), []).append(row)
                 show(row, time.monotonic() - start)
-        rows |= {name: median(some) for name, some in found.items()}
+                rows[key(row)] = median(found[key(row)])
+                if options.json:
+                    write(options.json, rows)
     compare([*rows.values()])
-    if options.json:
-        report = {
-            "device": roofline.device_name(),
-            "threads": THREADS,
-            "versions": status.versions(),
-            "command": "python bench/serving.py --json FILE, whole or in parts",
-            "recorded": time.strftime("%Y-%m-%d"),
-        }
-        text = ",\n".join(json.dumps(rows[name]) for name in sorted(rows))
-        options.json.write_text(json.dumps(report)[:-1] + ', "rows": [\n' + text + "\n]}\n")
+
+
+def write(report: Path, rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
+    facts = {
+        "device": roofline.device_name(),
+        "threads": THREADS,
+        "versions": status.versions(),
+        "command": "python bench/serving.py --json FILE, whole or in parts",
+        "recorded": time.strftime("%Y-%m-%d"),
+    }
+    text = ",\n".join(json.dumps(rows[name]) for name in sorted(rows))
+    report.write_text(json.dumps(facts)[:-1] + ', "rows": [\n' + text + "\n]}\n")
 
 
 def known(report: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -238,14 +244,28 @@ def measure(
 
 
 def run(engine: str, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What serving_peers.py says of an engine; it is stopped where it takes longer than LIMIT seconds."""
+    """What serving_peers.py says of an engine, as it comes; SystemExit where it fails, or takes longer than LIMIT."""
     program = [sys.executable, str(Path(__file__).with_name("serving_peers.py")), engine]
-    done = subprocess.run(program, input=json.dumps(task), capture_output=True, text=True, timeout=LIMIT, check=False)
-    if done.returncode:
-        raise SystemExit(f"{engine} failed: {done.stderr.strip().splitlines()[-1:]}")
-    for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            yield json.loads(line)
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+    ) as process:  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        watch = threading.Timer(limit := LIMIT * len(task["rates"]), process.kill)
+        watch.start()
+        try:
+            process.stdin.write(json.dumps(task))
+            process.stdin.close()
+            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+            code, late = process.wait(), not watch.is_alive()
+        finally:
+            watch.cancel()
+            process.kill()
+        if late:
+            raise SystemExit(f"{engine} was stopped after {limit} s; --at and --engine measure less at a time")
+        if code:
+            errors.seek(0)
+            raise SystemExit(f"{engine} failed: {errors.read().strip().splitlines()[-1:]}")
 
 
 def say(text: str) -> None:

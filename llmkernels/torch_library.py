@@ -16,6 +16,7 @@ The eager implementation is the public function, so dispatch, policy, ledger and
 torch.library.custom_op costs several times as much a call.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -50,7 +51,7 @@ def call(op: str, *args: Any, **options: Any) -> Any:
 def parts(weight: Any, name: str = "weight") -> dict[str, Any]:
     """The keyword arguments that, beside its values, say what the QuantizedWeight given as `name` is."""
     given = {f"{name}_{part}": getattr(weight, part) for part in PARTS}
-    return given | {f"{name}_scheme": str(weight.scheme), f"{name}_in_features": weight.in_features}
+    return given | {f"{name}_scheme": weight.scheme.name, f"{name}_in_features": weight.in_features}
 
 
 def schema(contract: Contract) -> str:
@@ -130,11 +131,14 @@ def _own(result: torch.Tensor) -> torch.Tensor:
 
 def _fake(op: Op, many: bool) -> Callable:
     rebuild = _rebuilder(op)
+    written = [name for name, pattern in op.contract.shapes.inputs.items() if pattern.mutated]
 
     def fake(*args: Any, backend: str | None = None, **options: Any) -> Any:
         if rebuild:
             args, options = rebuild(args, options)
         call = op.contract.bind(*args, **options)
+        if any(isinstance(call[name].storage_offset(), torch.SymInt) for name in written):
+            _lower_offsets()
         results = [
             torch.empty(shape, dtype=getattr(torch, dtype), device=args[0].device)
             for shape, dtype in op.contract.result_types(call)
@@ -146,6 +150,25 @@ def _fake(op: Op, many: bool) -> Callable:
         return results[0] if len(results) == 1 else tuple(results) or None
 
     return fake
+
+
+@functools.cache
+def _lower_offsets() -> None:
+    """Have inductor write into views where they lie.
+
+    Up to torch 2.13 at least it takes a symbolic storage offset of a view that an op writes for 0, so that all layers
+    of a KV cache of any number of pages write into the first: https://github.com/pytorch/pytorch/issues/198068.
+    """
+    from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.virtualized import V
+
+    offset = torch.ops.aten.sym_storage_offset.default
+    if offset not in lowerings:
+
+        @register_lowering(offset, type_promotion_kind=None)
+        def lower(view: Any) -> Any:
+            value = V.graph.current_node.meta["val"]
+            return value.node.expr if isinstance(value, torch.SymInt) else int(value)
 
 
 def _rebuilder(op: Op) -> Callable | None:
@@ -180,7 +203,7 @@ def _weight(values: torch.Tensor, given: list, scheme: str, in_features: int) ->
     known = getattr(values, "_llmkernels_weight", None)
     if (
         known is not None
-        and str(known.scheme) == scheme
+        and known.scheme.name == scheme
         and known.in_features == in_features
         and all(getattr(known, part) is tensor for part, tensor in zip(PARTS, given, strict=True))
     ):

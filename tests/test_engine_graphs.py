@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import small_model
 
 import llmkernels
 from llmkernels import discovery, ledger
@@ -48,6 +49,21 @@ def test_replayed_steps_give_the_bits_of_plain_ones(kind):
     stats = recorded.stats()
     assert stats["decode_replayed_steps"] > stats["decode_plain_steps"]
     assert not recorded._runner.target.graphs.refused
+
+
+def test_a_compiled_model_writes_the_same(tmp_path):
+    """Prompts in chunks, mixed with decoding, and steps of one token, with nothing recorded."""
+    small_model("Qwen3").save_pretrained(tmp_path)
+    kind = {"dtype": "float32", "quantize": "w4a16_g32", "kv_cache_dtype": "int8"}
+    prompts, lengths = [p[:9] for p in PROMPTS], [SamplingParams(max_tokens=n, logprobs=True) for n in (3, 9, 5, 1, 7)]
+
+    def write(**more):
+        llm = engine(False, model_path=tmp_path, max_length=64, max_batch_tokens=16, **kind, **more)
+        return [(o.tokens, o.logprobs) for o in llm.generate([[t % 128 for t in p] for p in prompts], lengths)]
+
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert write(compile=True) == write()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
 def test_rows_that_fill_a_step_up_write_nothing(llm):

@@ -173,6 +173,22 @@ def test_written_caches_are_functionalised_and_not_copied(backend):
         assert places.seen == [caches[0][:, 0].data_ptr(), caches[0][:, 1].data_ptr()]
 
 
+def test_layers_of_one_cache_are_written_where_they_lie():
+    """Views whose offset is known at run time only, since the number of pages is: inductor takes it for 0."""
+
+    def step(k, v, cache, slots):
+        for layer in (0, 1):
+            llmkernels.write_kv(k + layer, v - layer, cache[layer, 0], cache[layer, 1], slots)
+        return cache[1, 0].flatten(0, 1)[slots]
+
+    run = torch.compile(step, fullgraph=True, dynamic=True)
+    k, v, slots = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([0, 17, 9])
+    for pages in (5, 7):
+        caches = [torch.zeros(2, 2, pages, 4, 2, 8) for _ in range(2)]
+        assert torch.equal(run(k, v, caches[0], slots), step(k, v, caches[1], slots))
+        assert torch.equal(*caches)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_lora_writes_a_part_of_a_fresh_result(backend):
     def layer(x, weight, a, b, adapters, scales):

@@ -54,6 +54,7 @@ def serve(
     ngram: NGram = 0,
     guess_depth: GuessDepth = 4,
     guess_width: GuessWidth = 1,
+    compile: Annotated[bool, typer.Option(help="Run the model through torch.compile.")] = False,
     until_eof: Annotated[bool, typer.Option(hidden=True, help="End when the standard input does.")] = False,
     access_log: Annotated[bool, typer.Option(help="A line for each request.")] = True,
 ) -> None:
@@ -92,6 +93,7 @@ def serve(
             "max_batch_tokens": max_batch_tokens,
             "max_length": max_length,
             "prefix_reuse": prefix_reuse,
+            "compile": compile,
             "speculation": speculation(draft_model, ngram, guess_depth, guess_width),
         }
         try:

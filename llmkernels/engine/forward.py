@@ -1,26 +1,37 @@
-"""A model that takes layouts: its step is replayed where it was recorded, and runs from new arrays otherwise."""
+"""A model that takes layouts: its step is replayed where it was recorded, and runs from new arrays otherwise.
+
+torch.compile makes one graph of a whole step, with the ops as its nodes, for any number of tokens, and another where
+a step differs in kind: with adapters, a tree of guesses, a single token.  A CUDA graph is captured from that; on a CPU
+the native calls themselves are recorded, so only longer steps run what was compiled there.
+"""
 
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
 
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.layout import Layout
-from llmkernels.engine.model import Model
+from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.tables import BlockTable
 from llmkernels.settings import current, use
+
+KINDS = 64  # of steps that are compiled; torch's own limit of 8 would end the engine
 
 
 class Forward:
     """A model and its cache, over a block table.
 
     graphs: its steps of few tokens, where they are to be recorded and replayed.
+    compiled: whether torch.compile goes over the model first.
     """
 
-    def __init__(self, model: Model, cache: KVCache, table: BlockTable, graphs: bool):
-        self.model, self.cache, self.table = model, cache, table
-        self.graphs = DecodeGraphs(model, cache, table) if graphs else None
+    def __init__(self, model: Model, cache: KVCache, table: BlockTable, graphs: bool, compiled: bool = False):
+        self.model, self.cache, self.table, self.compiled = model, cache, table, compiled
+        self.decode = self._compiled() if compiled else model.decode
+        recorded = model.decode if model.device.type == "cpu" else self.decode
+        self.graphs = DecodeGraphs(model, cache, table, recorded) if graphs else None
 
     def logits(self, layout: Layout, hidden: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
         """[samples vocab]: the logits of the rows that the layout asks for; the next step may overwrite them.
@@ -33,4 +44,14 @@ class Forward:
                 return logits
             batch = layout.batch(self.table.array, self.cache.page_size, self.model.device)
             batch.hidden = hidden
-            return self.model.forward(batch, self.cache)
+            decode = self.model.decode if hidden else self.decode  # what calls back is no part of a graph
+            return decode(self.model.embedding[batch.tokens], batch, self.cache)
+
+    def _compiled(self) -> Callable[..., torch.Tensor]:
+        run = torch.compile(self.model.decode, fullgraph=True, dynamic=True)
+
+        def decode(x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+            with torch._dynamo.config.patch(recompile_limit=KINDS):
+                return run(x, batch, cache)
+
+        return decode

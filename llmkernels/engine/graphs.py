@@ -61,13 +61,14 @@ class Step:
 class DecodeGraphs:
     """The recorded steps of a model and its cache, over a block table that stays where it is.
 
+    decode: Model.decode, or what torch.compile makes of it.
     replayed, plain: steps of few tokens that were replayed, and that were not.  refused: reason -> plain steps because
     of it.
     """
 
-    def __init__(self, model: Model, cache: KVCache, table: BlockTable):
+    def __init__(self, model: Model, cache: KVCache, table: BlockTable, decode: Callable[..., torch.Tensor]):
         assert table.static
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.decode = model, cache, decode
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
         self._inputs = Inputs(table, cache.page_size, model)
@@ -123,7 +124,7 @@ class DecodeGraphs:
 
     def _first(self, step: Step) -> torch.Tensor:
         """Run a step that is not recorded; the second time, record it."""
-        run = lambda: self.model.decode(step.x, step.batch, self.cache)  # noqa: E731
+        run = lambda: self.decode(step.x, step.batch, self.cache)  # noqa: E731
         if not step.tallies:
             before = [(tally, tally.calls) for tally in ledger.TALLIES.values()]
             logits = run()

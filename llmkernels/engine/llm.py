@@ -57,6 +57,7 @@ class LLM:
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
         speculation: guess tokens ahead, by a draft model, by n-grams, or both; the texts stay the same.
         graphs: record decode steps and replay them: the same results with less work between the kernels.
+        compile: run the model through torch.compile, once, at the first step.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
@@ -81,6 +82,7 @@ class LLM:
         prefix_reuse: bool = True,
         speculation: Speculation | None = None,
         graphs: bool = True,
+        compile: bool = False,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
@@ -113,7 +115,7 @@ class LLM:
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(model, cache, (max_sequences, self.max_length) if graphs else None)
+        self._runner = Runner(model, cache, (max_sequences, self.max_length) if graphs else None, compile)
         self._runner.speculator = build_speculator(speculation, draft, self.max_length, self._runner.target)
         self._adapters = Adapters(model, self._scheduler)
         self._intake = Intake(

@@ -24,16 +24,17 @@ class Runner:
     """What runs a step: a model, and who guesses ahead of it, if anybody does.
 
     recorded: for so many sequences of so many tokens at most steps are recorded; None: none are.
+    compiled: whether torch.compile goes over the model first.
     """
 
-    def __init__(self, model: Model, cache: KVCache, recorded: tuple[int, int] | None = None):
+    def __init__(self, model: Model, cache: KVCache, recorded: tuple[int, int] | None = None, compiled: bool = False):
         self.table = BlockTable()
         if recorded:
             sequences, length = recorded
             pages, pinned = table_width(-(-length // cache.page_size)), model.device.type == "cuda"
             # beams come on top, as many at most
             self.table = BlockTable(rounded(2 * sequences), pages, static=True, pinned=pinned)
-        self.target = Forward(model, cache, self.table, bool(recorded))
+        self.target = Forward(model, cache, self.table, bool(recorded), compiled)
         self.speculator: Speculator | None = None
 
     def run(self, chunks: Row[Chunk]) -> list[list[Chosen]]:

@@ -13,7 +13,7 @@ mxfp4                 e2m1 weights, a power of two for 32 columns of a row, OCP 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -40,6 +40,10 @@ class Scheme:
         activation: what x is rounded to before the product: 'int8', 'fp8' or None.
         dynamic: False where one calibrated input_scale is used instead of each row's own largest value.
 
+    Attributes:
+        name: as above.  Said once, as a string, since torch.compile with dynamic shapes takes `group` for a number that
+            varies, and cannot spell it.
+
     Raises:
         ValueError: a combination that no kernel could be asked for.
     """
@@ -51,6 +55,7 @@ class Scheme:
     act_order: bool = False
     activation: str | None = None
     dynamic: bool = True
+    name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.weight not in _GRANULARITIES:
@@ -72,6 +77,10 @@ class Scheme:
         if not self.dynamic and (self.activation is None or self.granularity == "block"):
             what = "activation is None" if self.activation is None else "block scales find those of x as they go"
             raise ValueError(f"Scheme: dynamic is False, but {what}; leave it out")
+        object.__setattr__(self, "name", self._spelled())
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def activation_group(self) -> int:
@@ -83,7 +92,7 @@ class Scheme:
         """Whether two values share a byte."""
         return self.weight in ("int4", "mxfp4")
 
-    def __str__(self) -> str:
+    def _spelled(self) -> str:
         if self.weight == "mxfp4":
             return "mxfp4"
         static = "" if self.dynamic else "_static"
