@@ -17,7 +17,6 @@ QUICK = (
     "a token is put before its page is there",
     "a page that does not exist",
     "the scale of the first head",
-    "write_kv waits for no tile",
 )
 
 

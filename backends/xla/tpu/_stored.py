@@ -74,12 +74,14 @@ def _less(kind, chunk, zeros, at):
     """A chunk of stored numbers, from column `at` on, less the zero points of its groups; as multiplied."""
     if zeros is None:
         return converted(chunk, kind.dot)
-    taken = _of_groups(kind, zeros[...], at) if kind.group else zeros[...]
+    taken = _of_groups(kind, zeros[...], at)
     return (chunk.astype(jnp.float32) - taken).astype(kind.dot)
 
 
 def _of_groups(kind, numbers, at):
     """Numbers [rows groups] of each row's groups as [rows CHUNK], or [rows 1] of one: for columns from `at` on."""
+    if not kind.group:
+        return numbers
     group, shift, within = group_of(kind, at), kind.group.bit_length() - 1, CHUNK // kind.group
     taken = column(numbers, group)
     lane = stored_lane(kind, (numbers.shape[0], CHUNK)) >> shift
