@@ -238,7 +238,7 @@ def flags(path: Path) -> str:
 
 
 def packages(name: str, folder: str) -> list[str]:
-    inner = find_namespace_packages(str(ROOT / folder), exclude=["*__pycache__*", "*-*"])  # models/ holds data only
+    inner = find_namespace_packages(str(ROOT / folder), exclude=["*__pycache__*", "*-*"])  # models/*-* hold data only
     return [name, *(f"{name}.{package}" for package in inner)]
 
 

@@ -2,10 +2,12 @@
 
     python bench/prefix.py --quick                  a few turns and requests; prints, and writes nothing
     python bench/prefix.py --json FILE --plot FILE  default: bench/results/<device>-prefix.json and .png
+    python bench/prefix.py --model PATH             another checkpoint: --json <device>-prefix-<its name>.json
 
 Reuse: a chat of 20 turns, each of which sends all that was said before, as text; and requests that share a system
-prompt.  One request at a time, each with the engine's reuse on and off; the time to the first token is the median of
-the rounds, and each round begins with nothing in the cache.  Whether both answer the same is counted beforehand.
+prompt.  One request at a time, all of them with the engine's reuse on and then with it off; the time to the first token
+is the median of the rounds, and each round begins with nothing in the cache.  Whether both answer the same is counted
+beforehand.  To another model the shipped tokenizer's ids are sent: random weights write no text.
 
 Pages: requests of sampled lengths in a cache with room for CONTIGUOUS sequences of max_length.  After each step the
 engine's own counts say how many slots of its pages hold nothing.  Contiguous allocation would give each of the same
@@ -30,7 +32,9 @@ import torch
 import llmkernels
 from llmkernels import roofline, status
 from llmkernels.bench import plot, results
-from llmkernels.engine import LLM, SamplingParams
+from llmkernels.engine import LLM, SamplingParams, shipped_model
+from llmkernels.engine.intake import Prompt
+from llmkernels.models.tokenizer import read_tokenizer
 
 ROUNDS, TURNS, ANSWER = 3, 20, 24  # ANSWER: tokens of an answer in a chat
 CONTIGUOUS, REQUESTS = 8, 96  # sequences of max_length that the cache has room for; requests of sampled lengths
@@ -49,14 +53,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--plot", type=Path, help="where the picture goes")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="the directory of a checkpoint; default: the shipped one")
+    parser.add_argument("--turns", type=int, help=f"of the chat, and requests with one prompt; default: {TURNS}")
+    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = roofline.device_name("cpu")
     if not options.quick and (place := results.place(device)):
-        options.json = options.json or place.with_name(f"{place.stem}-prefix.json")
-        options.plot = options.plot or place.with_name(f"{place.stem}-prefix.png")
+        name = f"{place.stem}-prefix" + (f"-{options.model.name}" if options.model else "")
+        options.json = options.json or place.with_name(f"{name}.json")
+        options.plot = options.plot or (None if options.model else place.with_name(f"{name}.png"))
+    rounds, turns, count = (1, 4, 16) if options.quick else (ROUNDS, TURNS, REQUESTS)
     with llmkernels.use(policy="silent"):
-        report = measure(options.quick)
+        report = measure(options.model, options.rounds or rounds, options.turns or turns)
+        if options.model is None:
+            report["memory"] = memory(count)
     command = shlex.join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *sys.argv[1:]])
     report = {"device": device, "command": command, "versions": status.versions(), "threads": options.threads} | report
     for name in ("chat", "shared_prompt"):
@@ -65,60 +76,67 @@ def main() -> None:
             f"{name}: {total['cached_share']:.1%} of {total['prompt_tokens']} tokens cached; time to first token "
             f"{total['off_ms']:.1f} -> {total['on_ms']:.1f} ms, {total['time_saved']:.1%} less"
         )
-    memory = report["memory"]
-    print(
-        f"memory: {memory['paged_waste']:.1%} of the slots unused in pages, {memory['contiguous_waste']:.1%} "
-        f"contiguous; {memory['most_at_once']} sequences at once where contiguous has room for {CONTIGUOUS}"
-    )
+    if kept := report.get("memory"):
+        print(
+            f"memory: {kept['paged_waste']:.1%} of the slots unused in pages, {kept['contiguous_waste']:.1%} "
+            f"contiguous; {kept['most_at_once']} sequences at once where contiguous has room for {CONTIGUOUS}"
+        )
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
         draw(report, options.plot)
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    rounds, turns, count = (1, 4, 16) if quick else (ROUNDS, TURNS, REQUESTS)
-    on, off = LLM(device="cpu"), LLM(device="cpu", prefix_reuse=False)
+def measure(path: Path | None, rounds: int, turns: int) -> dict[str, Any]:
+    on, off = (LLM(path, tokenizer=path is None, device="cpu", prefix_reuse=kept) for kept in (True, False))
+    words = read_tokenizer(shipped_model(), True)
+
+    def sent(text: str) -> Prompt:
+        return text if path is None else words.encode(text).ids
+
     questions = [f"user: What does the {COMMANDS[i]} command do?\nassistant:" for i in range(turns)]
-    chat, answers = [questions[0]], []
+    chat, answers = [sent(questions[0])], []
     for turn in range(turns):  # what was answered is part of what is sent next
         answers.append(write(off, chat[turn], None, ANSWER)[0])
         if turn + 1 < turns:
-            chat.append(f"{chat[turn]}{off.tokenizer.decode(answers[turn])}\n{questions[turn + 1]}")
-    shared = [f"system: {SYSTEM}\n{question}" for question in questions]
+            answer = words.decode(answers[turn]) if path is None else answers[turn]
+            chat.append(chat[turn] + answer + sent(f"\n{questions[turn + 1]}"))
+    shared = [sent(f"system: {SYSTEM}\n{question}") for question in questions]
     return {
+        "model": path.name if path else shipped_model().name,
         "rounds": rounds,
         "dtype": off.config.dtype,
         "chat": reuse(on, off, chat, ANSWER, rounds),
         "shared_prompt": reuse(on, off, shared, 8, rounds),
-        "memory": memory(count),
     }
 
 
-def write(llm: LLM, prompt: str, salt: str | None, most: int) -> tuple[list[int], float, int]:
+def write(llm: LLM, prompt: Prompt, salt: str | None, most: int) -> tuple[list[int], float, int]:
     """The answer to a prompt, seconds to its first token, and how many tokens of the prompt were cached."""
     start = time.perf_counter()
-    deltas = llm.stream(prompt, SamplingParams(max_tokens=most, ignore_eos=True), salt=salt)
-    output = next(deltas).output
+    (output,) = llm.add(prompt, SamplingParams(max_tokens=most, ignore_eos=True), salt=salt)
+    while not output.tokens:
+        llm.step()
     first = time.perf_counter() - start
-    for _ in deltas:
-        pass
+    while output.finish_reason is None:
+        llm.step()
     return output.tokens, first, output.cached_tokens
 
 
-def reuse(on: LLM, off: LLM, prompts: list[str], answer: int, rounds: int) -> dict[str, Any]:
+def reuse(on: LLM, off: LLM, prompts: list[Prompt], answer: int, rounds: int) -> dict[str, Any]:
     """A row for each prompt, in the order in which they are sent, and their sum."""
     different = 0  # the warm-up as well: the chunks behind cached prefixes have sizes of their own
     for prompt in prompts:
         different += write(on, prompt, "warm-up", answer)[0] != write(off, prompt, None, answer)[0]
     runs = []
     for number in range(rounds):  # a salt of its own: a cold cache; one token is enough where nothing is kept
-        runs.append([(write(on, prompt, f"{number}", answer), write(off, prompt, None, 1)) for prompt in prompts])
+        kept = [write(on, prompt, f"{number}", answer) for prompt in prompts]
+        runs.append([*zip(kept, [write(off, prompt, None, 1) for prompt in prompts], strict=True)])
     rows = []
     for prompt, pairs in zip(prompts, zip(*runs, strict=True), strict=True):
         cached = {with_reuse[2] for with_reuse, _ in pairs}
         assert len(cached) == 1, f"the rounds found different prefixes: {cached}"
-        tokens = len(on.encode(prompt))
+        tokens = len(on.encode(prompt) if isinstance(prompt, str) else prompt)
         on_ms, off_ms = (1e3 * median(pair[side][1] for pair in pairs) for side in (0, 1))
         rows.append(row(tokens, cached.pop(), on_ms, off_ms))
     sums = [sum(line[name] for line in rows) for name in ("prompt_tokens", "cached_tokens", "on_ms", "off_ms")]

@@ -11,16 +11,17 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import jsonschema
+import numpy as np
 import torch
 
 import llmkernels
 from llmkernels import roofline, status
 from llmkernels.bench import results
 from llmkernels.engine import LLM, Output, SamplingParams, Structure
-from llmkernels.structured.masks import Masks
+from llmkernels.structured.grammar import Grammars
+from llmkernels.structured.masks import Masks, forbid
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -63,32 +64,29 @@ def overhead(llm: LLM, batch: int) -> dict:
 
 def parts(llm: LLM) -> dict:
     """Microseconds of each part alone, on the realistic schemas."""
-    grammars = llm._intake.grammars
+    stop, vocab = frozenset([1]), llm.config.vocab  # the shipped tokenizer's end of text
+    grammars = Grammars(llm.tokenizer, vocab, stop)
     compiling, filling, forbidding = [], [], []
     for schema, _ in REALISTIC:
         structure = Structure(json_schema=schema)
         start = time.perf_counter()
         grammar = grammars.compiled(structure)
         compiling.append((time.perf_counter() - start) * 1e6)
-        guide, logits = grammars.guide(grammar, frozenset()), torch.zeros(1, llm.config.vocab)
+        guide, logits = grammars.guide(grammar, stop), torch.zeros(1, vocab)
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            masks = Masks.begin([guide], llm.config.vocab)
-            masks._wait()
+            masks = Masks.begin([guide], vocab)
+            masks.wait()
             filling.append((time.perf_counter() - start) * 1e6)
             start = time.perf_counter()
             masks.forbid(logits)
             forbidding.append((time.perf_counter() - start) * 1e6)
-    wide = Masks([], [*range(32)], 131072)  # as many bits as a large vocabulary has, of no grammar
-    wide._wait()
-    every = torch.randint(-(2**31), 2**31, (9, 4096)).to(torch.int32).numpy()
-    wide._work = [(SimpleNamespace(characters=SimpleNamespace(masks=every)), ())] * 32
-    wide._bits = torch.randint(-(2**31), 2**31, wide._bits.shape).to(torch.int32)
-    wide._states = [0] * 32
+    grammars.close()
+    bits = np.random.default_rng(0).integers(-(2**31), 2**31, (2, 32, 4096), dtype=np.int32)  # a large vocabulary's
     large, times = torch.randn(32, 131072), []
     for _ in range(9):
         start = time.perf_counter()
-        wide.forbid(large)
+        forbid(large, range(32), bits[0] & bits[1])  # of a grammar, and of UTF-8
         times.append((time.perf_counter() - start) * 1e6)
     return {
         "compile_us": median(compiling),

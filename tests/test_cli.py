@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from llmkernels import discovery, status, testing
 from llmkernels.cli import app
 from llmkernels.cli.doctor import PREFIXES
-from llmkernels.engine.llm import shipped_model
+from llmkernels.models import shipped_model
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("ops", "explain", "doctor", "status", "conformance", "compile", "tune", "bench", "generate")

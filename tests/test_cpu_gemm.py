@@ -49,6 +49,16 @@ def test_a_row_of_quantized_gemm_depends_on_that_row_alone(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_one_of_few_rows_of_a_dense_weight_depends_on_that_row_alone(dtype):
+    """Four rows are summed across lanes together, and those that are left one by one."""
+    x, dense = torch.randn(64, 328).to(dtype), torch.randn(200, 328).to(dtype)
+    whole = norm_linear_activation.run(x, dense, norm="none", activation="none", **PLAIN)
+    for rows in (1, 2, 3, 7, 21):
+        part = norm_linear_activation.run(x[:rows], dense, norm="none", activation="none", **PLAIN)
+        assert torch.equal(part, whole[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_lora_gemm_depends_on_that_row_alone(dtype):
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(64, 96, generator=generator).to(dtype), torch.randn(64, 80, generator=generator).to(dtype)

@@ -17,7 +17,7 @@ from llmkernels.engine.pages import PagePool
 from llmkernels.engine.runner import Runner
 from llmkernels.engine.scheduler import Scheduler
 from llmkernels.engine.sequence import Sequence
-from llmkernels.engine.weights import Checkpoint, load
+from llmkernels.models.weights import Checkpoint, load
 
 transformers = pytest.importorskip("transformers")
 

@@ -209,8 +209,14 @@ def test_a_grammar_that_lets_nothing_follow_ends_its_answer_alone(llm):
     llm.check()
 
 
+def masking():
+    return {thread for thread in threading.enumerate() if thread.name == "llmkernels masks"}
+
+
 def test_a_grammar_that_takes_too_long_holds_nobody_up(llm, monkeypatch):
-    """Its native call cannot be interrupted: the thread is left to it, and the others are served by another one."""
+    """Its native call cannot be interrupted: the others are served by another thread, and its own ends behind it."""
+    answers(llm, max_tokens=1, structure=PERSONS)
+    before = masking()
     fill, stuck = Guide.fill, threading.Event()
     slow, beside, later = (llm.add(PROMPT, SamplingParams(max_tokens=12, structure=PERSONS))[0] for _ in range(3))
     monkeypatch.setattr(
@@ -221,6 +227,9 @@ def test_a_grammar_that_takes_too_long_holds_nobody_up(llm, monkeypatch):
         pass
     assert time.monotonic() - began < 30
     stuck.set()
+    for thread in before:
+        thread.join(10)
+    assert not before & masking()
     assert (slow.finish_reason, slow.error) == (
         "error",
         "after 0 tokens of the answer its grammar takes too long to say what may follow",

@@ -8,9 +8,10 @@ import llmkernels
 from llmkernels import discovery, ledger
 from llmkernels.engine import LLM, SamplingParams
 from llmkernels.engine.forward import Forward
-from llmkernels.engine.graphs import MOST_EACH, MOST_TOKENS, DecodeGraphs, rounded
+from llmkernels.engine.graphs import DecodeGraphs
+from llmkernels.engine.inputs import MOST_TOKENS, filled, rounded
 from llmkernels.engine.layout import LEAST_PAGES, Layout, table_width
-from llmkernels.engine.model import Delta, Model
+from llmkernels.models.model import Delta, Model
 
 PROMPTS = [[10 + 7 * i % 4000 for i in range(n)] for n in (16, 13, 3, 30, 1)]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=True)
@@ -108,8 +109,8 @@ def test_a_caller_who_wants_calls_checked_or_noted_gets_plain_steps(llm, tmp_pat
 
 
 def test_what_torch_computes_in_between_keeps_a_step_plain(monkeypatch):
-    decode = Model.decode
-    monkeypatch.setattr(Model, "decode", lambda *args: decode(*args) * 2)
+    logits = Model.logits
+    monkeypatch.setattr(Model, "logits", lambda *args: logits(*args) * 2)
     doubled, plain = engine(), engine(False)
     assert texts(doubled) == texts(plain)
     assert doubled.stats()["decode_replayed_steps"] == 0
@@ -124,18 +125,18 @@ def test_steps_are_forgotten_with_the_choices_they_rest_on(llm):
     texts(llm)
 
 
-@pytest.mark.parametrize("counts", [(MOST_TOKENS + 1,), (1, MOST_EACH + 1), (17,) * 8])
+@pytest.mark.parametrize("counts", [(MOST_TOKENS + 1,), (17,) * 8])
 def test_steps_of_many_tokens_run_as_any_other(llm, counts):
     assert llm._runner.target.graphs.logits(layout(counts)) is None
 
 
-def layout(counts):
-    """Sequences with so many tokens each, in a page of their own."""
-    found = Layout(most=max(counts))
+def layout(counts, pages=1):
+    """Sequences with so many tokens each, in so many pages of their own."""
+    found = Layout(most=max(counts), pages=pages)
     for number, count in enumerate(counts):
         found.tokens += [10 + number + 7 * i for i in range(count)]
         found.positions += range(count)
-        found.slots += range(4 * number, 4 * number + count)
+        found.slots += range(4 * pages * number, 4 * pages * number + count)
         found.starts.append(len(found.tokens))
         found.lengths.append(count)
     found.rows = [*range(len(found.tokens))][::-1]
@@ -159,8 +160,38 @@ def test_steps_of_several_tokens_are_replayed(counts, adapted):
             layer.qkv.deltas["v"] = Delta(rows - 64, rows, a, b, torch.ones(2))
     want = plain.logits(found)
     for _ in range(4):
-        torch.testing.assert_close(target.logits(found), want, rtol=1e-4, atol=1e-4)
+        assert torch.equal(target.logits(found), want)
     assert target.graphs.replayed == 2
+
+
+def test_one_recording_serves_as_many_tokens_as_fill_up_to_the_same_power_of_two():
+    """Recorded with 20 tokens of one sequence, replayed with more, with fewer and with other sequences."""
+    target = engine(max_sequences=16)._runner.target
+    plain = Forward(target.model, target.cache, target.table, graphs=False)
+    target.table.array[:16, :8] = torch.arange(128).view(16, 8)
+    for counts in ((20,), (20,), (32,), (17,), (5, 20, 1), (2, 1) * 8, (20,)):
+        found = layout(counts, pages=8)
+        found.rows = found.rows[: 1 + len(counts) // 2]
+        want = plain.logits(found).clone()
+        assert torch.equal(target.logits(found), want), counts
+    assert (target.graphs.replayed, target.graphs.plain) == (3, 4)  # the head is another one for 2 rows and for 9
+
+
+@pytest.mark.parametrize("counts", [(1,) * 17, (3,), (4, 1, 3), (20, 1)])
+def test_what_fills_a_step_up_changes_nothing(counts):
+    """As it must for CUDA graphs, whose size is fixed."""
+    target = engine(max_sequences=16)._runner.target
+    target.cache.k.zero_()
+    plain = Forward(target.model, target.cache, target.table, graphs=False)
+    target.table.array[: len(counts), :8] = torch.arange(8 * len(counts)).view(-1, 8)
+    found = layout(counts, pages=8)
+    more = filled(found)
+    assert {len(values) for values in (more.tokens, more.positions, more.slots, more.rows)} == {more.starts[-1]}
+    assert len(more.lengths) == len(more.starts) - 1
+    assert more.most >= max(b - a for a, b in zip(more.starts, more.starts[1:], strict=False))
+    want, kept = plain.logits(found).clone(), target.cache.k.clone()
+    torch.testing.assert_close(plain.logits(more)[found.rows], want, rtol=0.02, atol=0.05)
+    assert torch.equal(target.cache.k, kept)
 
 
 def test_few_sizes_occur():
@@ -199,6 +230,26 @@ def test_a_wrong_index_in_a_replay_raises(llm):
     with pytest.raises(IndexError, match="rotary_embedding"):
         recording.replay()
     assert kept is not None
+
+
+def test_a_replay_makes_calls_of_other_sizes():
+    from llmkernels.backends import cpu
+
+    x, gain = torch.randn(8, 64), torch.ones(64)
+    whole = llmkernels.rms_norm(x, gain, backend="cpu")
+    with cpu.recording(tokens=3) as recording:
+        kept = llmkernels.rms_norm(x[:3], gain, backend="cpu")
+    assert torch.equal(kept, whole[:3])
+    kept.zero_()
+    recording.replay(tokens=2)
+    assert torch.equal(kept, torch.cat([whole[:2], torch.zeros(1, 64)]))
+    with pytest.raises(RuntimeError, match="no multiple"), cpu.recording(tokens=3):
+        llmkernels.rms_norm(x[:4], gain, backend="cpu")
+    for wrong in ({"tokens": 0}, {"sequences": 0}):
+        with pytest.raises(ValueError, match="at least one"):
+            cpu.recording(**wrong)
+    with pytest.raises(ValueError, match="no less than 0"):
+        recording.replay(tokens=-1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import llmkernels
 from llmkernels.engine import LLM, CheckpointError, SamplingParams, shipped_model
 from llmkernels.engine.sampling import uniform
-from llmkernels.engine.tokenizer import Detokenizer
+from llmkernels.models.tokenizer import Detokenizer
 
 PROMPTS = ["The read() system call", "A package", "import os", "DESCRIPTION\n", "The following example shows how to"]
 

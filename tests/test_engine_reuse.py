@@ -6,7 +6,7 @@ import torch
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams
 from llmkernels.engine.cache import KVCache
-from llmkernels.engine.weights import Checkpoint
+from llmkernels.models.weights import Checkpoint
 
 SYSTEM = "The read() system call attempts to read up to count bytes from file descriptor fd into the buffer. "
 QUESTIONS = ["On success, the number of bytes read", "The buffer", "RETURN VALUE", "On success, the number of files"]

@@ -11,7 +11,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams
 from llmkernels.engine.sampling import adjusted
-from llmkernels.engine.tokenizer import StopStrings
+from llmkernels.models.tokenizer import StopStrings
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_stop_string_across_pieces_of_a_character(llm):
     text = "ä€𝄞ä€ß"
     ids = llm.encode(text)
     assert len(ids) > len(text)
-    from llmkernels.engine.tokenizer import Detokenizer
+    from llmkernels.models.tokenizer import Detokenizer
 
     detokenizer, stops, shown = Detokenizer(llm.tokenizer, []), StopStrings(["𝄞ä€ß"]), ""
     for position, token in enumerate(ids):

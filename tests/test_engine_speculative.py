@@ -8,9 +8,10 @@ import torch
 
 import llmkernels
 from llmkernels.engine import LLM, CheckpointError, SamplingParams, Speculation, Structure, shipped_model
+from llmkernels.engine.guesses import NGrams
 from llmkernels.engine.sampling import Chosen
 from llmkernels.engine.sequence import Chunk, Sequence
-from llmkernels.engine.speculative import NGrams, accept
+from llmkernels.engine.speculative import accept
 
 transformers = pytest.importorskip("transformers")
 

@@ -35,17 +35,21 @@ LAYERS = {
     "frameworks": Layer("torch_library jax_api", "core quant ops", "torch jax numpy"),
     "kit": Layer("memory inputs comparison testing selfcheck", "core quant ops", "torch numpy", "jax"),
     "structured": Layer("structured/*", "", "torch numpy tokenizers", "xgrammar"),
-    "engine": Layer("engine/*", "core quant ops frameworks structured", "torch safetensors tokenizers"),
+    "models": Layer("models/*", "core quant ops frameworks", "torch safetensors tokenizers"),
+    "engine": Layer("engine/*", "core quant ops frameworks structured models", "torch tokenizers"),
     "server": Layer(
         "server/*",
-        "core quant ops frameworks structured engine",
+        "core quant ops frameworks structured models engine",
         "fastapi jinja2 prometheus_client pydantic starlette tokenizers uvicorn",
     ),
     "measuring": Layer(
         "roofline status bench/* crosscompile/*", "core quant ops frameworks kit", "torch numpy", ANYTHING
     ),
     "doors": Layer(
-        "cli/* __main__", "core quant ops frameworks kit structured engine measuring server", "typer rich", ANYTHING
+        "cli/* __main__",
+        "core quant ops frameworks kit structured models engine measuring server",
+        "typer rich",
+        ANYTHING,
     ),
     "adapters": Layer(
         "integrations/*",
@@ -144,7 +148,9 @@ def test_imports(path):
             allowed = layer.outside.split() if found.when == "import" else f"{layer.outside} {layer.lazily}".split()
             assert top in sys.stdlib_module_names or top in allowed or ANYTHING in allowed, f"{where}; {name} may not"
         elif found.module == "llmkernels":  # the public list
-            assert name in ("engine", "measuring", "doors", "adapters", "kit", "frameworks"), f"{where}, from below it"
+            assert name in ("models", "engine", "measuring", "doors", "adapters", "kit", "frameworks"), (
+                f"{where}, from below it"
+            )
         elif name == "backends":
             own = ".".join(me.split(".")[:3])
             assert f"{found.module}.".startswith(f"{own}."), f"{where}; a backend knows itself and its arrays only"

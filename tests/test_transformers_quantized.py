@@ -15,8 +15,9 @@ from llmkernels import ledger
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.runner import Runner
 from llmkernels.engine.sequence import Chunk, Sequence
-from llmkernels.engine.weights import Checkpoint, CheckpointError, load
 from llmkernels.integrations import transformers as adapter
+from llmkernels.models.files import CheckpointError
+from llmkernels.models.weights import Checkpoint, load
 from llmkernels.quant import SCHEMES, formats, quantize, scheme
 from llmkernels.quant.activation import seen_through
 

@@ -15,7 +15,7 @@ from llmkernels.arrays import from_torch, to_torch
 from llmkernels.comparison import compare
 from llmkernels.discovery import implementation
 from llmkernels.engine.llm import LLM
-from llmkernels.engine.sampling import SamplingParams
+from llmkernels.engine.params import SamplingParams
 from llmkernels.inputs import inputs
 from llmkernels.quant import quantize
 from llmkernels.registry import OPS

@@ -31,16 +31,18 @@ def isa():
     return _native.isa()
 
 
-def recording():
+def recording(tokens=1, sequences=1):
     """A context in which this thread's kernel calls run and are kept; its replay() makes them again, without Python.
 
-    The caller keeps the arrays of those calls alive, and changes their values in place.
+    The caller keeps the arrays of those calls alive, and changes their values in place.  replay(tokens, sequences)
+    makes them for other numbers than those recorded: each call has as many rows in proportion, and arrays of as many
+    are read and written, with the strides that they had.
     """
     import torch  # noqa: F401  first, as in isa()
 
     from . import _native
 
-    return _native.Recording()
+    return _native.Recording(tokens, sequences)
 
 
 def _why():

@@ -13,15 +13,27 @@ namespace {
 
 // What Python passes for a parameter of a kernel, and back.
 template <class T>
-using Passed = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+using Passed = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, std::conditional_t<std::is_enum_v<T>, int64_t, T>>;
 
 template <class T>
-T native(Passed<T> value) {
+T native(Passed<T> value, const Sizes& before, const Sizes& now) {
   if constexpr (std::is_pointer_v<T>) {
     return reinterpret_cast<T>(value);
+  } else if constexpr (std::is_same_v<T, TokenCount>) {
+    return T(value / before.tokens * now.tokens);
+  } else if constexpr (std::is_same_v<T, SequenceCount>) {
+    return T(value / before.sequences * now.sequences);
   } else {
     return value;
   }
+}
+
+// Whether a size of a call is a multiple of what the recording counts.
+template <class T>
+bool proportional(Passed<T> value, const Sizes& sizes) {
+  if constexpr (std::is_same_v<T, TokenCount>) return value % sizes.tokens == 0;
+  if constexpr (std::is_same_v<T, SequenceCount>) return value % sizes.sequences == 0;
+  return true;
 }
 
 void raise(const char* name, Status status) {
@@ -45,22 +57,33 @@ void raise(const char* name, Status status) {
 template <class... Parameters>
 void kernel(py::module_& module, const char* name, Status (*Table::*entry)(Parameters...)) {
   module.def(name, [name, entry](Passed<Parameters>... arguments) {
-    const auto run = [=] { return (table().*entry)(native<Parameters>(arguments)...); };
+    const auto run = [=](const Sizes& before, const Sizes& now) {
+      return (table().*entry)(native<Parameters>(arguments, before, now)...);
+    };
     Status status;
     {
       py::gil_scoped_release unlocked;
-      status = run();
+      status = run({}, {});
     }
     raise(name, status);
-    if (Recording* recording = Recording::open()) recording->add(name, run);
+    if (Recording* recording = Recording::open()) {
+      if (!(proportional<Parameters>(arguments, recording->sizes()) && ...))
+        throw std::runtime_error(std::string(name) + ": its rows are no multiple of the recording's tokens or sequences");
+      recording->add({name, run});
+    }
   });
 }
 
 void recordings(py::module_& module) {
   py::class_<Recording>(module, "Recording",
-                        "with Recording() as recording: the kernels called inside, by this thread, run and are kept; "
-                        "recording.replay() makes the same calls again, on the same addresses.")
-      .def(py::init<>())
+                        "with Recording(tokens, sequences) as recording: the kernels called inside, by this thread, run "
+                        "and are kept; recording.replay(tokens, sequences) makes the same calls again, on the same "
+                        "addresses, with as many rows as these numbers ask for.")
+      .def(py::init([](int64_t tokens, int64_t sequences) {
+             if (tokens < 1 || sequences < 1) throw py::value_error("a recording needs at least one token and one sequence");
+             return Recording({tokens, sequences});
+           }),
+           py::arg("tokens") = 1, py::arg("sequences") = 1)
       .def("__enter__",
            [](py::object self) {
              if (Recording::open()) throw std::runtime_error("a recording is open on this thread already; close it first");
@@ -68,15 +91,19 @@ void recordings(py::module_& module) {
              return self;
            })
       .def("__exit__", [](Recording&, py::args) { Recording::open() = nullptr; })
-      .def("__len__", &Recording::size)
-      .def("replay", [](const Recording& recording) {
-        std::pair<const char*, Status> failed;
-        {
-          py::gil_scoped_release unlocked;
-          failed = recording.replay();
-        }
-        raise(failed.first, failed.second);
-      });
+      .def("__len__", &Recording::count)
+      .def(
+          "replay",
+          [](const Recording& recording, int64_t tokens, int64_t sequences) {
+            if (tokens < 0 || sequences < 0) throw py::value_error("a replay has no less than 0 tokens and sequences");
+            std::pair<const char*, Status> failed;
+            {
+              py::gil_scoped_release unlocked;
+              failed = recording.replay({tokens, sequences});
+            }
+            raise(failed.first, failed.second);
+          },
+          py::arg("tokens") = 1, py::arg("sequences") = 1);
 }
 
 }  // namespace

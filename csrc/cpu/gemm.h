@@ -21,6 +21,7 @@ namespace llmkernels::LLMKERNELS_ISA {
 constexpr int kBlock = 256;     // rows of a unit: 64 KiB of totals
 constexpr int kPrepared = 512;  // rows prepared at a time
 constexpr int kFewDense = 64;   // rows up to which a dense weight is read as it lies
+constexpr int64_t kPreparing = 16;  // what preparing an element costs, in elements of parallel_ranges
 constexpr int64_t kFewProducts = 65536;  // below these one thread is done before a second one has begun
 
 // What a unit needs for itself.
@@ -114,7 +115,7 @@ Status multiply(const GemmCall& call) {
     void* memory = scratch(kShared, most<int64_t>(x.bytes(), 1));
     if (!memory) return kOutOfMemory;
     x.place(memory);
-    parallel_ranges(count, padded, call.threads, [&](int64_t from, int64_t to) {
+    parallel_ranges(count, kPreparing * padded, call.threads, [&](int64_t from, int64_t to) {
       float* work = static_cast<float*>(scratch(kOwn, 2 * (padded + kLanes) * int64_t(sizeof(float))));
       if (!work) return __atomic_store_n(&starved, true, __ATOMIC_RELAXED);
       for (int64_t row = from; row < to; ++row) prepare_row<Weight, T>(call, begin + row, x, row, work);
@@ -183,7 +184,7 @@ inline Status gemm(int storage, const void* values, int64_t values_stride, int s
                    const void* zero_points, int64_t group, const void* permutation, int64_t features, int64_t columns,
                    int rounding, int64_t rounding_group, const void* input_scale, int norm, const void* norm_weight,
                    const void* norm_bias, float eps, int dtype, const void* x, int64_t x_stride, const void* residual,
-                   int64_t residual_stride, void* residual_out, int64_t rows, const void* bias, int activation, void* y,
+                   int64_t residual_stride, void* residual_out, TokenCount rows, const void* bias, int activation, void* y,
                    int threads) {
   const GemmCall call{storage, values, values_stride, scales_dtype, scales, static_cast<const int8_t*>(zero_points), group,
                       static_cast<const int32_t*>(permutation), features, columns, rounding, rounding_group,

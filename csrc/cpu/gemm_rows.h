@@ -100,8 +100,15 @@ float arrange(const float* from, int64_t count, typename Weight::Input* to) {
   static constexpr float kSmaller[16] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 1, 0x1p-4f, 0x1p-8f, 0x1p-12f,
                                          1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 1, 0x1p-4f, 0x1p-8f, 0x1p-12f};
   using Input = typename Weight::Input;
-  constexpr int kSpan = most(kLanes, 8);
   Floats total = zeros();
+  if constexpr (Weight::kOrder == kInOrder && !Weight::kScaled && __is_same(Narrow<Input>, Input)) {
+    each_vector(count, [&](int64_t i, auto n) {
+      store(to + i, load(from + i, n), n);
+      total += load(to + i, n);
+    });
+    return sum(total);
+  }
+  constexpr int kSpan = most(kLanes, 8);
   for (int64_t i = 0; i < count; i += kSpan) {
     Narrow<Input> line[kSpan] = {};
     for (int lane = 0; lane < kSpan && i + lane < count; lane += kLanes) {

@@ -75,7 +75,7 @@ Status lora_gemm_in(T* y, int64_t y_stride, const T* x, int64_t x_stride, const 
 
 inline Status lora_gemm(int dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride, const void* a, const void* b,
                         int64_t b_adapter, int64_t b_output, int64_t b_rank, const void* adapters, const void* scales,
-                        int64_t rows, int64_t columns, int64_t outputs, int64_t rank, int64_t count, int threads) {
+                        TokenCount rows, int64_t columns, int64_t outputs, int64_t rank, int64_t count, int threads) {
   return with_float(dtype, [&](auto element) {
     using T = decltype(element);
     return lora_gemm_in(static_cast<T*>(y), y_stride, static_cast<const T*>(x), x_stride, static_cast<const T*>(a),

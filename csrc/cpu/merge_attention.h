@@ -21,7 +21,7 @@ void blend(const T* a, float share_a, const T* b, float share_b, int64_t width, 
 Status merge_attention(int dtype, const void* out_a, int64_t a_token, int64_t a_head, const void* lse_a,
                        int64_t lse_a_token, int64_t lse_a_head, const void* out_b, int64_t b_token, int64_t b_head,
                        const void* lse_b, int64_t lse_b_token, int64_t lse_b_head, void* out, void* lse,
-                       int64_t tokens, int64_t heads, int64_t v_dim, int threads) {
+                       TokenCount tokens, int64_t heads, int64_t v_dim, int threads) {
   return with_float(dtype, [&](auto element) {
     using T = decltype(element);
     parallel_ranges(tokens, 2 * heads * v_dim, threads, [&](int64_t begin, int64_t end) {

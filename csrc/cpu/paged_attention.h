@@ -158,7 +158,7 @@ Status attend(const AttentionCall& call, int threads) {
 Status paged_attention(int q_dtype, int cache_dtype, const void* q, int64_t q_token, int64_t q_head,
                        const void* k_cache, int64_t k_page, int64_t k_slot, int64_t k_head, const void* v_cache,
                        int64_t v_page, int64_t v_slot, int64_t v_head, int64_t pages, int64_t page_size,
-                       int64_t kv_heads, int64_t group, int64_t dim, int64_t v_dim, int64_t tokens, int64_t seqs,
+                       int64_t kv_heads, int64_t group, int64_t dim, int64_t v_dim, TokenCount tokens, SequenceCount seqs,
                        const void* block_table, int64_t table_stride, int64_t max_pages, const void* seq_lens,
                        const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right,
                        float soft_cap, const void* sinks, const void* alibi_slopes, const void* k_scale,

@@ -29,7 +29,7 @@ float quantize_group(const T* x, int64_t width, float largest_value, float calib
 }
 
 Status quantize_activation(int dtype, int value_dtype, const void* x, int64_t x_stride, void* values, void* scales,
-                           float calibrated, int64_t rows, int64_t hidden, int64_t group, int64_t groups,
+                           float calibrated, TokenCount rows, int64_t hidden, int64_t group, int64_t groups,
                            int threads) {
   const auto quantize = [&](auto element, auto value, float largest_value) {
     using T = decltype(element);

@@ -26,7 +26,7 @@ float squares(const T* x, const T* residual, T* residual_out, int64_t hidden) {
 }
 
 Status rms_norm(int dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-                const void* weight, void* y, void* residual_out, int64_t rows, int64_t hidden, float eps,
+                const void* weight, void* y, void* residual_out, TokenCount rows, int64_t hidden, float eps,
                 int threads) {
   return with_float(dtype, [&](auto element) {
     using T = decltype(element);

@@ -26,7 +26,7 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t half, int64_
 
 Status rotary_embedding(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token,
                         int64_t k_head, const void* cos, int64_t cos_stride, const void* sin, int64_t sin_stride,
-                        const void* positions, void* q_out, void* k_out, int64_t tokens, int64_t heads,
+                        const void* positions, void* q_out, void* k_out, TokenCount tokens, int64_t heads,
                         int64_t kv_heads, int64_t dim, int64_t half, int64_t max_positions, bool interleaved,
                         int threads) {
   const int64_t* at = static_cast<const int64_t*>(positions);

@@ -98,7 +98,7 @@ int64_t draw(const T* logits, int64_t vocab, const Draw& wish, float* scores, fl
 
 // All but logits, uniform and tokens may be null.
 Status sample(int dtype, const void* logits, int64_t stride, const void* uniform, const void* temperature,
-              const void* top_k, const void* top_p, const void* min_p, void* tokens, int64_t rows, int64_t vocab,
+              const void* top_k, const void* top_p, const void* min_p, void* tokens, TokenCount rows, int64_t vocab,
               int threads) {
   const auto value = [](const void* values, int64_t row, float otherwise) {
     return values ? static_cast<const float*>(values)[row] : otherwise;

@@ -5,7 +5,7 @@
 
 namespace llmkernels::LLMKERNELS_ISA {
 
-Status silu_and_mul(int dtype, const void* x, int64_t x_stride, void* y, int64_t rows, int64_t width, int threads) {
+Status silu_and_mul(int dtype, const void* x, int64_t x_stride, void* y, TokenCount rows, int64_t width, int threads) {
   return with_float(dtype, [&](auto element) {
     using T = decltype(element);
     parallel_ranges(rows, 4 * width, threads, [&](int64_t begin, int64_t end) {

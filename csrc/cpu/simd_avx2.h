@@ -72,10 +72,10 @@ LLMKERNELS_INLINE void store(int8_t* to, Floats x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
 }
 
-LLMKERNELS_INLINE float sum(Floats x) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+LLMKERNELS_INLINE float sum(Floats x) {  // in the order of sums()
+  const __m128 pairs = _mm_hadd_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 halves = _mm_hadd_ps(pairs, pairs);
+  return _mm_cvtss_f32(_mm_add_ss(halves, _mm_movehdup_ps(halves)));
 }
 LLMKERNELS_INLINE float largest(Floats x) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

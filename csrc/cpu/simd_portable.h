@@ -56,7 +56,7 @@ LLMKERNELS_INLINE float largest(Floats x) {
 LLMKERNELS_INLINE Floats sums(const Floats (&v)[kLanes]) {
   const Floats a{v[0][0], v[1][0], v[2][0], v[3][0]}, b{v[0][1], v[1][1], v[2][1], v[3][1]};
   const Floats c{v[0][2], v[1][2], v[2][2], v[3][2]}, d{v[0][3], v[1][3], v[2][3], v[3][3]};
-  return (a + b) + (c + d);
+  return (a + c) + (b + d);
 }
 
 struct Pairs {

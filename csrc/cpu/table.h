@@ -28,6 +28,10 @@ enum Rounding : int { kNoRounding, kToInt8, kToFloat8 };
 enum Norm : int { kNoNorm, kRmsNorm, kLayerNorm };
 enum Activation : int { kNoActivation, kSilu, kGelu, kGeluTanh, kRelu, kSwiglu, kGeglu };
 
+// How many tokens a call has, or so many rows for each; and how many sequences.  What a replay may change: recording.h.
+enum TokenCount : int64_t {};
+enum SequenceCount : int64_t {};
+
 struct Table {
   const char* name;
 
@@ -42,20 +46,20 @@ struct Table {
                  const void* zero_points, int64_t group, const void* permutation, int64_t features, int64_t columns,
                  int rounding, int64_t rounding_group, const void* input_scale, int norm, const void* norm_weight,
                  const void* norm_bias, float eps, int dtype, const void* x, int64_t x_stride, const void* residual,
-                 int64_t residual_stride, void* residual_out, int64_t rows, const void* bias, int activation, void* y,
+                 int64_t residual_stride, void* residual_out, TokenCount rows, const void* bias, int activation, void* y,
                  int threads);
 
   // y[r] += scales[i] * (x[r] @ a[i]^T) @ b[i]^T, i = adapters[r]; rows with -1 stay untouched.  a [count rank columns] is
   // contiguous, b [count outputs rank] has unit stride in its outputs or ranks; adapters are int32, scales float32.
   Status (*lora_gemm)(int dtype, void* y, int64_t y_stride, const void* x, int64_t x_stride, const void* a, const void* b,
                       int64_t b_adapter, int64_t b_output, int64_t b_rank, const void* adapters, const void* scales,
-                      int64_t rows, int64_t columns, int64_t outputs, int64_t rank, int64_t count, int threads);
+                      TokenCount rows, int64_t columns, int64_t outputs, int64_t rank, int64_t count, int threads);
 
   // y[rows hidden] = weight[hidden] * s / sqrt(mean(s^2) + eps), s = x + residual; residual and residual_out may be
   // null.
   // y and residual_out are contiguous.
   Status (*rms_norm)(int dtype, const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
-                     const void* weight, void* y, void* residual_out, int64_t rows, int64_t hidden, float eps,
+                     const void* weight, void* y, void* residual_out, TokenCount rows, int64_t hidden, float eps,
                      int threads);
 
   // Attention over a paged cache, llmkernels/ops/paged_attention.py.  Strides are called after what they step over;
@@ -66,9 +70,9 @@ struct Table {
   Status (*paged_attention)(int q_dtype, int cache_dtype, const void* q, int64_t q_token, int64_t q_head,
                             const void* k_cache, int64_t k_page, int64_t k_slot, int64_t k_head, const void* v_cache,
                             int64_t v_page, int64_t v_slot, int64_t v_head, int64_t pages, int64_t page_size,
-                            int64_t kv_heads, int64_t group, int64_t dim, int64_t v_dim, int64_t tokens, int64_t seqs,
-                            const void* block_table, int64_t table_stride, int64_t max_pages, const void* seq_lens,
-                            const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right,
+                            int64_t kv_heads, int64_t group, int64_t dim, int64_t v_dim, TokenCount tokens,
+                            SequenceCount seqs, const void* block_table, int64_t table_stride, int64_t max_pages,
+                            const void* seq_lens, const void* cu_seqlens_q, float scale, bool causal, int64_t left, int64_t right,
                             float soft_cap, const void* sinks, const void* alibi_slopes, const void* k_scale,
                             const void* v_scale, bool scale_per_head, const void* tree_mask, int64_t tree_words,
                             void* out, void* lse, int threads);
@@ -78,36 +82,36 @@ struct Table {
   Status (*merge_attention)(int dtype, const void* out_a, int64_t a_token, int64_t a_head, const void* lse_a,
                             int64_t lse_a_token, int64_t lse_a_head, const void* out_b, int64_t b_token,
                             int64_t b_head, const void* lse_b, int64_t lse_b_token, int64_t lse_b_head, void* out,
-                            void* lse, int64_t tokens, int64_t heads, int64_t v_dim, int threads);
+                            void* lse, TokenCount tokens, int64_t heads, int64_t v_dim, int threads);
 
   // values[rows hidden] int8 or e4m3, scales[rows groups]; `calibrated` 0: each group's own scale.  group is the width
   // of a group, that of the row where there is one.
   Status (*quantize_activation)(int dtype, int value_dtype, const void* x, int64_t x_stride, void* values,
-                                void* scales, float calibrated, int64_t rows, int64_t hidden, int64_t group,
+                                void* scales, float calibrated, TokenCount rows, int64_t hidden, int64_t group,
                                 int64_t groups, int threads);
 
   // Rotates the first 2 * half channels; cos and sin [max_positions, half] float32, positions int64.  q_out and k_out
   // are contiguous.
   Status (*rotary_embedding)(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
                              int64_t k_token, int64_t k_head, const void* cos, int64_t cos_stride, const void* sin,
-                             int64_t sin_stride, const void* positions, void* q_out, void* k_out, int64_t tokens,
+                             int64_t sin_stride, const void* positions, void* q_out, void* k_out, TokenCount tokens,
                              int64_t heads, int64_t kv_heads, int64_t dim, int64_t half, int64_t max_positions,
                              bool interleaved, int threads);
 
   // tokens[rows] int64 from logits[rows vocab]; float32 uniform, temperature, top_p, min_p and int32 top_k per row,
   // null where absent but for uniform.
   Status (*sample)(int dtype, const void* logits, int64_t stride, const void* uniform, const void* temperature,
-                   const void* top_k, const void* top_p, const void* min_p, void* tokens, int64_t rows, int64_t vocab,
+                   const void* top_k, const void* top_p, const void* min_p, void* tokens, TokenCount rows, int64_t vocab,
                    int threads);
 
   // y[rows width] = silu(x[:, :width]) * x[:, width:], contiguous.
-  Status (*silu_and_mul)(int dtype, const void* x, int64_t x_stride, void* y, int64_t rows, int64_t width,
+  Status (*silu_and_mul)(int dtype, const void* x, int64_t x_stride, void* y, TokenCount rows, int64_t width,
                          int threads);
 
   // Keys, or values, into their slots (int64); `scale` float32, one value or one a head, null is 1.
   Status (*write_kv)(int dtype, int cache_dtype, const void* rows, int64_t row_token, int64_t row_head, void* cache,
                      int64_t page_stride, int64_t slot_stride, int64_t head_stride, const void* slots,
-                     const void* scale, bool scale_per_head, int64_t tokens, int64_t heads, int64_t dim,
+                     const void* scale, bool scale_per_head, TokenCount tokens, int64_t heads, int64_t dim,
                      int64_t pages, int64_t page_size, int threads);
 };
 

@@ -10,7 +10,7 @@ namespace llmkernels::LLMKERNELS_ISA {
 // Called once for the keys and once for the values.  A slot outside the cache is skipped.
 Status write_kv(int dtype, int cache_dtype, const void* rows, int64_t row_token, int64_t row_head, void* cache,
                 int64_t page_stride, int64_t slot_stride, int64_t head_stride, const void* slots, const void* scale,
-                bool scale_per_head, int64_t tokens, int64_t heads, int64_t dim, int64_t pages, int64_t page_size,
+                bool scale_per_head, TokenCount tokens, int64_t heads, int64_t dim, int64_t pages, int64_t page_size,
                 int threads) {
   const int64_t* slot_of = static_cast<const int64_t*>(slots);
   const float* scales = static_cast<const float*>(scale);

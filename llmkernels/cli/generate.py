@@ -15,7 +15,7 @@ from llmkernels.cli.screen import console, progress, show_json
 
 if TYPE_CHECKING:
     from llmkernels.engine.llm import LLM, Output
-    from llmkernels.engine.sampling import SamplingParams
+    from llmkernels.engine.params import SamplingParams
     from llmkernels.engine.speculative import Speculation
 
 DraftModel = Annotated[
@@ -97,8 +97,8 @@ def generate(
 
 def speculation(draft_model: str | None, ngram: int, depth: int, width: int) -> "Speculation | None":
     """What these options ask for; None where neither names who guesses."""
-    from llmkernels.engine.llm import shipped_model
     from llmkernels.engine.speculative import Speculation
+    from llmkernels.models import shipped_model
 
     if draft_model is None and not ngram:
         return None

@@ -72,7 +72,7 @@ def serve(
     with _bound(host, port) as listener, progress("starting the engine") as (bar, task):  # a port in use is told first
         import uvicorn
 
-        from llmkernels.engine.llm import shipped_model
+        from llmkernels.models import shipped_model
         from llmkernels.server.app import create_app
         from llmkernels.server.chat import read_template
         from llmkernels.server.head import LimitedHead

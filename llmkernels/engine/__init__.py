@@ -4,21 +4,21 @@
     llm = LLM()  # the shipped checkpoint; or LLM("path/to/checkpoint")
     print(llm.generate("The read() system call", SamplingParams(max_tokens=40))[0].text)
 
-A request travels llm.py -> scheduler.py (which tokens run in this step) -> runner.py (arrays) -> model.py (ops)
--> sampling.py (the next tokens), and back (output.py).  weights.py reads checkpoints; cache.py holds the pages' memory,
-pages.py counts their users, prefix.py finds those whose keys are known.  speculative.py guesses tokens ahead of the
-model, lora.py reads adapters, tables.py keeps the block table from step to step, graphs.py records steps.  What the
-text of an answer must be is for llmkernels.structured to say.
+A request travels llm.py -> scheduler.py (which tokens run in this step) -> runner.py (arrays) -> models/model.py (ops)
+-> sampling.py (the next tokens), and back (output.py).  cache.py holds the pages' memory, pages.py counts their users,
+prefix.py finds those whose keys are known.  speculative.py guesses tokens ahead of the model, lora.py keeps adapters,
+tables.py the block table from step to step, graphs.py records steps.  llmkernels.models reads checkpoints and adapters,
+and what the text of an answer must be is for llmkernels.structured to say.
 """
 
 from llmkernels.engine.beam import Beam as Beam
 from llmkernels.engine.beam import BeamParams as BeamParams
 from llmkernels.engine.llm import LLM as LLM
-from llmkernels.engine.llm import shipped_model as shipped_model
 from llmkernels.engine.output import Delta as Delta
 from llmkernels.engine.output import Output as Output
 from llmkernels.engine.output import best as best
-from llmkernels.engine.sampling import SamplingParams as SamplingParams
+from llmkernels.engine.params import SamplingParams as SamplingParams
 from llmkernels.engine.speculative import Speculation as Speculation
-from llmkernels.engine.weights import CheckpointError as CheckpointError
+from llmkernels.models import shipped_model as shipped_model
+from llmkernels.models.files import CheckpointError as CheckpointError
 from llmkernels.structured import Structure as Structure

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkernels.engine.output import Output
-from llmkernels.engine.sampling import MOST_LOGPROBS
+from llmkernels.engine.params import MOST_LOGPROBS
 from llmkernels.engine.scheduler import Scheduler
-from llmkernels.engine.tokenizer import StopStrings
+from llmkernels.models.tokenizer import StopStrings
 
 
 @dataclass(frozen=True)

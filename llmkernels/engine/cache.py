@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from llmkernels.discovery import cache_axes
-from llmkernels.engine.model import ModelConfig
+from llmkernels.models.config import ModelConfig
 from llmkernels.settings import current
 
 

@@ -13,8 +13,8 @@ import torch._dynamo
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.graphs import DecodeGraphs
 from llmkernels.engine.layout import Layout
-from llmkernels.engine.model import Batch, Model
 from llmkernels.engine.tables import BlockTable
+from llmkernels.models.model import Batch, Cache, Model, States
 from llmkernels.settings import current, use
 
 KINDS = 64  # of steps that are compiled; torch's own limit of 8 would end the engine
@@ -29,8 +29,8 @@ class Forward:
 
     def __init__(self, model: Model, cache: KVCache, table: BlockTable, graphs: bool, compiled: bool = False):
         self.model, self.cache, self.table, self.compiled = model, cache, table, compiled
-        self.decode = self._compiled() if compiled else model.decode
-        recorded = model.decode if model.device.type == "cpu" else self.decode
+        self.states = self._compiled() if compiled else model.states
+        recorded = model.states if model.device.type == "cpu" else self.states
         self.graphs = DecodeGraphs(model, cache, table, recorded) if graphs else None
 
     def logits(self, layout: Layout, hidden: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
@@ -44,14 +44,13 @@ class Forward:
                 return logits
             batch = layout.batch(self.table.array, self.cache.page_size, self.model.device)
             batch.hidden = hidden
-            decode = self.model.decode if hidden else self.decode  # what calls back is no part of a graph
-            return decode(self.model.embedding[batch.tokens], batch, self.cache)
+            return self.model.forward(batch, self.cache, self.states)
 
-    def _compiled(self) -> Callable[..., torch.Tensor]:
-        run = torch.compile(self.model.decode, fullgraph=True, dynamic=True)
+    def _compiled(self) -> States:
+        run = torch.compile(self.model.states, fullgraph=True, dynamic=True)
 
-        def decode(x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        def states(x: torch.Tensor, batch: Batch, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
             with torch._dynamo.config.patch(recompile_limit=KINDS):
                 return run(x, batch, cache)
 
-        return decode
+        return states

@@ -7,10 +7,12 @@ import tokenizers
 
 from llmkernels.engine.lora import Adapters
 from llmkernels.engine.output import Output
+from llmkernels.engine.params import SamplingParams
 from llmkernels.engine.pooling import Mean
-from llmkernels.engine.sampling import SamplingParams, draw_seed, fork_seed
+from llmkernels.engine.sampling import draw_seed, fork_seed
 from llmkernels.engine.sequence import Sequence
-from llmkernels.engine.tokenizer import Detokenizer, StopStrings
+from llmkernels.models.encoder import Encoder
+from llmkernels.models.tokenizer import Detokenizer, StopStrings
 from llmkernels.structured.grammar import Grammars
 
 Prompt = str | list[int]
@@ -35,13 +37,14 @@ class Intake:
     ):
         self.tokenizer, self.vocab, self.max_length, self.stop = tokenizer, vocab, max_length, stop
         self.default, self.adapters = default, adapters
+        self._encoder = Encoder(tokenizer) if tokenizer else None
         self.grammars = Grammars(tokenizer, vocab, stop) if tokenizer else None
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
-        if self.tokenizer is None:
+        if self._encoder is None:
             raise ValueError("the prompt is text and this LLM has tokenizer=False; give token ids, or tokenizer=<path>")
-        return self.tokenizer.encode(text).ids
+        return self._encoder.encode(text)
 
     def decode(self, tokens: Row[int]) -> str:
         """The text of an answer; empty without a tokenizer."""
@@ -91,9 +94,12 @@ class Intake:
             raise ValueError("the prompt is empty; give at least one token")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop is given and this LLM has tokenizer=False; give stop_token_ids, or tokenizer=<path>")
-        for token in (*ids, *params.stop_token_ids, *params.logit_bias):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab:
-                raise ValueError(f"{token!r} is not a token id; this model's are 0 to {self.vocab - 1}")
+        for tokens in (ids, params.stop_token_ids, params.logit_bias):
+            if not (
+                {*map(type, tokens)} <= {int} and 0 <= min(tokens, default=0) <= max(tokens, default=0) < self.vocab
+            ):
+                wrong = next(t for t in tokens if type(t) is not int or not 0 <= t < self.vocab)
+                raise ValueError(f"{wrong!r} is not a token id; this model's are 0 to {self.vocab - 1}")
         if len(ids) >= self.max_length:
             raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} leave room for more")
         return ids

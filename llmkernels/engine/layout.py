@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmkernels.engine.model import Batch
 from llmkernels.engine.sequence import Chunk
+from llmkernels.models.model import Batch
 
 LEAST_PAGES = 8  # of a block table: short sequences share one kind of step
 

@@ -9,31 +9,19 @@ from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
 from llmkernels.engine.cache import KVCache, page_bytes
 from llmkernels.engine.intake import Intake, Prompt
 from llmkernels.engine.lora import Adapters
-from llmkernels.engine.options import (
-    CACHE_DTYPES,
-    as_list,
-    build_speculator,
-    default_params,
-    device_of,
-    end_tokens,
-    one_of,
-    read_draft,
-)
+from llmkernels.engine.options import CACHE_DTYPES, as_list, build_speculator, default_params, device_of, read_draft
 from llmkernels.engine.output import Delta, Feed, Output, best
 from llmkernels.engine.pages import PagePool
+from llmkernels.engine.params import SamplingParams
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
-from llmkernels.engine.sampling import Chosen, SamplingParams
+from llmkernels.engine.sampling import Chosen
 from llmkernels.engine.scheduler import Scheduler
 from llmkernels.engine.snapshot import snapshot
 from llmkernels.engine.speculative import Speculation
-from llmkernels.engine.tokenizer import read_tokenizer
-from llmkernels.engine.weights import DTYPES, Checkpoint, load
-
-
-def shipped_model(name: str = "manual-5m") -> Path:
-    """The directory of a checkpoint that comes with the package: 'manual-5m', or 'manual-5m-draft' (no tokenizer)."""
-    return Path(__file__).parent.parent / "models" / name
+from llmkernels.models import shipped_model
+from llmkernels.models.tokenizer import read_tokenizer
+from llmkernels.models.weights import DTYPES, Checkpoint, load, one_of
 
 
 class LLM:
@@ -118,14 +106,8 @@ class LLM:
         self._runner = Runner(model, cache, (max_sequences, self.max_length) if graphs else None, compile)
         self._runner.speculator = build_speculator(speculation, draft, self.max_length, self._runner.target)
         self._adapters = Adapters(model, self._scheduler)
-        self._intake = Intake(
-            self.tokenizer,
-            self.config.vocab,
-            self.max_length,
-            end_tokens(checkpoint),
-            self.default_params,
-            self._adapters,
-        )
+        known = self.tokenizer, self.config.vocab, self.max_length, checkpoint.end_tokens
+        self._intake = Intake(*known, self.default_params, self._adapters)
         self._searches: list[BeamSearch] = []
 
     def generate(
@@ -187,12 +169,7 @@ class LLM:
         return [output.embedding for output in outputs]
 
     def beam_search(
-        self,
-        prompt: Prompt,
-        params: BeamParams | None = None,
-        *,
-        salt: str | None = None,
-        adapter: str | None = None,
+        self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None, adapter: str | None = None
     ) -> list[Beam]:
         """The likeliest answers to a prompt that beam search finds, params.width of them, the best first.
 
@@ -207,12 +184,7 @@ class LLM:
         return search.beams
 
     def add_beams(
-        self,
-        prompt: Prompt,
-        params: BeamParams | None = None,
-        *,
-        salt: str | None = None,
-        adapter: str | None = None,
+        self, prompt: Prompt, params: BeamParams | None = None, *, salt: str | None = None, adapter: str | None = None
     ) -> BeamSearch:
         """Queue a beam search without running it; steps bring it further, until its `beams` are there."""
         params = params or BeamParams()

@@ -1,6 +1,5 @@
 """What an LLM was asked for, checked, and what its checkpoint says about answering."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -8,21 +7,13 @@ import torch
 
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.forward import Forward
-from llmkernels.engine.model import ModelConfig
-from llmkernels.engine.sampling import SamplingParams
+from llmkernels.engine.params import SamplingParams
 from llmkernels.engine.speculative import Speculation, Speculator
-from llmkernels.engine.weights import DTYPES, Checkpoint, CheckpointError, load
+from llmkernels.models.config import ModelConfig
+from llmkernels.models.files import CheckpointError
+from llmkernels.models.weights import DTYPES, Checkpoint, load, one_of
 
 CACHE_DTYPES = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-
-
-def end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
-    """The tokens that end a text: generation_config.json says so, else config.json; one, several or none."""
-    ids = checkpoint.generation["eos_token_id"]
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(token, int) for token in ids):
-        raise CheckpointError(f"{checkpoint.path}: eos_token_id is {ids!r}; it must be an integer or a list of them")
-    return frozenset(ids)
 
 
 def read_draft(wish: Speculation | None, config: ModelConfig, length: int) -> Checkpoint | None:
@@ -70,13 +61,6 @@ def default_params(generation: dict[str, Any]) -> SamplingParams:
         wishes = {name: generation[name] for name in ("top_k", "top_p", "min_p") if generation.get(name) is not None}
         params = replace(params, temperature=generation.get("temperature") or 1.0, **wishes)
     return params
-
-
-def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    value = str(value).removeprefix("torch.")
-    if value not in allowed:
-        raise CheckpointError(f"{name} is {value!r}; use one of auto, {', '.join(allowed)}")
-    return value
 
 
 def as_list(prompts: Any) -> list[Any]:

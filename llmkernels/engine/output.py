@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from llmkernels.engine.sampling import Chosen, SamplingParams
+from llmkernels.engine.params import SamplingParams
+from llmkernels.engine.sampling import Chosen
 from llmkernels.engine.sequence import Sequence as Request
-from llmkernels.engine.tokenizer import Detokenizer, StopStrings
+from llmkernels.models.tokenizer import Detokenizer, StopStrings
 from llmkernels.structured.masks import Guide
 
 

@@ -7,14 +7,14 @@ import torch
 
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.forward import Forward
-from llmkernels.engine.graphs import rounded
+from llmkernels.engine.inputs import rounded
 from llmkernels.engine.layout import Layout, slot, table_width
-from llmkernels.engine.model import Model
 from llmkernels.engine.pooling import deliver
 from llmkernels.engine.sampling import Chosen, choose
 from llmkernels.engine.sequence import Chunk, Sequence
 from llmkernels.engine.speculative import Speculator, accept, ahead
 from llmkernels.engine.tables import BlockTable
+from llmkernels.models.model import Model
 from llmkernels.structured.masks import Masks
 
 CALIBRATION = 256  # tokens that decide the scales of a quantized cache

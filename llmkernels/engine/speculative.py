@@ -18,18 +18,19 @@ min(1, p/q) = p, and what replaces it is drawn from p without it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
 from llmkernels.engine.forward import Forward
-from llmkernels.engine.layout import Layout, slot
+from llmkernels.engine.guesses import NGrams, Way
+from llmkernels.engine.layout import Layout
 from llmkernels.engine.sampling import Answer, Chosen, adjusted
 from llmkernels.engine.sequence import Chunk
 from llmkernels.engine.sequence import Sequence as Request
-from llmkernels.structured.masks import Guide, Masks
+from llmkernels.structured.masks import Masks
 
 MOST_GUESSES = 31  # with the chunk's token they are the 32 bits of one word of the tree's mask
 
@@ -81,28 +82,23 @@ class Ahead:
     def __init__(self, answer: Answer, guesses: Sequence[int]):
         self.params, self.seed, self.prompt_tokens = answer.params, answer.seed, answer.prompt_tokens
         self.guide = answer.guide
-        self.tokens: Sequence[int] = Joined(answer.tokens, guesses)
+        self.tokens = Joined(answer.tokens, guesses)
 
 
-class Joined(Sequence[int]):
+class Joined(Collection[int]):
     """Two lists, one after the other, without a copy of either."""
 
-    def __init__(self, first: Sequence[int], second: Sequence[int]):
-        self._first, self._second = first, second
+    def __init__(self, first: Collection[int], second: Collection[int]):
+        self._parts = first, second
 
     def __len__(self) -> int:
-        return len(self._first) + len(self._second)
+        return sum(map(len, self._parts))
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._first
-        yield from self._second
+        return chain(*self._parts)
 
-    def __getitem__(self, index: Any) -> Any:
-        return [*self][index] if isinstance(index, slice) or index < 0 else self._at(index)
-
-    def _at(self, index: int) -> int:
-        before = len(self._first)
-        return self._first[index] if index < before else self._second[index - before]
+    def __contains__(self, token: object) -> bool:
+        return any(token in part for part in self._parts)
 
 
 def ahead(chunk: Chunk, node: int) -> "Answer | Ahead":
@@ -123,27 +119,6 @@ def accept(chunk: Chunk, chosen: Sequence[Chosen]) -> tuple[list[Chosen], list[i
         taken.append(chosen[node + 1])
     chunk.accepted = [one.token for one in taken[:-1]]
     return taken, nodes[1:]
-
-
-class NGrams:
-    """Where the n-grams of one growing text occurred last: prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding"""
-
-    def __init__(self, longest: int):
-        self._longest, self._read = longest, 0
-        self._next: dict[tuple[int, ...], int] = {}  # an n-gram -> where what followed it begins
-
-    def guess(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Up to `count` tokens: what followed the longest known end of the text, and so on from there."""
-        for end in range(max(self._read, 1), len(tokens)):
-            for n in range(1, min(self._longest, end) + 1):
-                self._next[tuple(tokens[end - n : end])] = end
-        self._read = len(tokens)
-        for n in range(min(self._longest, len(tokens)), 0, -1):
-            at = self._next.get(tuple(tokens[-n:]))
-            if at is not None:
-                period = len(tokens) - at  # where the text itself ends, it goes on as it did
-                return [tokens[at + i % period] for i in range(count)]
-        return []
 
 
 class Speculator:
@@ -229,44 +204,3 @@ class Speculator:
             layout = Layout.one_each(len(chunks), pages, placed)
         for way in every:
             way.close()
-
-
-class Way:
-    """How a draft model goes on behind a chunk: the likeliest guess at each place.
-
-    node: the last one; -1: none yet.
-    tokens: those that it has read again.
-    """
-
-    def __init__(self, chunk: Chunk):
-        self.chunk, self.node, self.tokens = chunk, -1, list[int]()
-        self.guide: Guide | None = chunk.sequence.payload.guide
-        self._accepted = 0
-
-    def take(self, tokens: Sequence[int]) -> bool:
-        """Guess these at the next place; whether it goes on behind the first of them."""
-        node, before = self.chunk.guess(self.node, tokens[0]), self.node
-        if node is None:
-            return False
-        for token in tokens[1:]:
-            self.chunk.guess(before, token)
-        self.node = node
-        if self.guide:
-            if not self.guide.go_on(tokens[0]):
-                return False
-            self._accepted += 1
-            if self.guide.ended:
-                return False
-        return len(self.chunk.guesses) < self.chunk.room
-
-    def read(self, page_size: int) -> tuple[int, int, int]:
-        """Its last guess for the draft model: token, position, slot."""
-        chunk = self.chunk
-        token, position = chunk.guesses[self.node], chunk.start + chunk.count + len(self.tokens)
-        self.tokens.append(token)
-        return token, position, slot(chunk.sequence.pages, position, page_size)
-
-    def close(self) -> None:
-        """Its grammar stands again where the answer does."""
-        if self.guide:
-            self.guide.go_back(self._accepted)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llmkernels.engine.tokenizer import BROKEN
+from llmkernels.models.tokenizer import BROKEN
 from llmkernels.server.protocol import PromptDetails, Usage
 from llmkernels.server.remote import Answer, Delta
 from llmkernels.server.tools import Reader, message, part_of

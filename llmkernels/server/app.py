@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from llmkernels.engine.llm import LLM
 from llmkernels.engine.output import best
-from llmkernels.engine.sampling import SamplingParams
+from llmkernels.engine.params import SamplingParams
 from llmkernels.server.adapters import add_adapters
 from llmkernels.server.answers import Form, usage
 from llmkernels.server.chat import ChatTemplate

@@ -17,7 +17,7 @@ from jinja2 import TemplateError, meta
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmkernels.engine.weights import CheckpointError, read_json
+from llmkernels.models.files import CheckpointError, read_json
 
 TIME = 1.0  # seconds
 LARGEST = 1 << 20  # characters, items, or value of a number that a product or power may reach

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 from llmkernels.engine.options import as_list
-from llmkernels.engine.sampling import SamplingParams
+from llmkernels.engine.params import SamplingParams
 from llmkernels.server.protocol import Name, Strict, Token
 from llmkernels.server.remote import Answer
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from llmkernels.engine.beam import BeamParams
-from llmkernels.engine.sampling import MOST_LOGPROBS, SamplingParams
+from llmkernels.engine.params import MOST_LOGPROBS, SamplingParams
 from llmkernels.structured.structure import MOST_CHARACTERS, MOST_CHOICES, Structure
 
 MOST_ANSWERS, MOST_PROMPTS, MOST_STOPS, MOST_BIASES, MOST_TOOLS = 16, 64, 16, 1024, 128

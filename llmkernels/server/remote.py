@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkernels.engine.beam import Beam, BeamParams
-from llmkernels.engine.llm import LLM, shipped_model
-from llmkernels.engine.sampling import SamplingParams
-from llmkernels.engine.tokenizer import read_tokenizer
+from llmkernels.engine.llm import LLM
+from llmkernels.engine.params import SamplingParams
+from llmkernels.models import shipped_model
+from llmkernels.models.tokenizer import read_tokenizer
 from llmkernels.server import wire
 from llmkernels.server.host import in_thread
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llmkernels.engine.beam import BeamParams
-from llmkernels.engine.sampling import SamplingParams
+from llmkernels.engine.params import SamplingParams
 
 HEAD = 4  # bytes
 

@@ -133,7 +133,7 @@ class Masks:
         self._bits = torch.full((len(rows), -(-vocab // 32)), -1, dtype=torch.int32)
         self._states: list[int] = []  # of UTF-8, row by row, of those that had their turn
         self._turn = 0
-        self._filled = _thread()(self._fill)
+        self._filled = _aside().submit(self._fill)
 
     @classmethod
     def begin(
@@ -155,25 +155,14 @@ class Masks:
 
         Returns the guides that let nothing follow; their rows, and those behind such guesses, stay as they are.
         """
-        self._wait()
+        self.wait()
         bits = self._bits.numpy() & self._work[0][0].characters.masks[self._states]
         stuck = []
         if len(empty := np.flatnonzero(~bits.any(1))):
             bits[empty] = -1
             firsts = accumulate((1 + len(draft) for _, draft in self._work), initial=0)
             stuck = [guide for (guide, _), first in zip(self._work, firsts, strict=False) if first in empty]
-        vocab, rows = logits.shape[1], self._rows
-        if logits.device.type == "cpu":
-            flags = np.unpackbits((~bits).view(np.uint8), axis=1, bitorder="little")
-            forbidden = torch.from_numpy(flags.view(np.bool_))[:, :vocab]
-        else:
-            shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-            there = torch.from_numpy(bits).to(logits.device)
-            forbidden = (there[:, :, None] >> shifts & 1 == 0).flatten(1)[:, :vocab]
-        if len(rows) == len(logits):
-            logits.masked_fill_(forbidden, -torch.inf)
-        else:
-            logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
+        forbid(logits, self._rows, bits)
         return stuck
 
     def _fill(self) -> None:
@@ -185,8 +174,8 @@ class Masks:
             states += found
             self._turn += 1
 
-    def _wait(self) -> None:
-        """Until all are filled.  Who takes too long fails, and its thread is left to itself; the rest have another."""
+    def wait(self) -> None:
+        """Until all are filled.  Who takes too long fails, and its thread ends when it can; the rest have another."""
         turn, looks = self._turn, 0
         while True:
             try:
@@ -199,8 +188,9 @@ class Masks:
                 guide.failed = SLOW
                 self._bits, self._states = self._bits.clone(), [*self._states, *[STATES] * (1 + len(draft))]
                 self._turn += 1
-                _thread.cache_clear()
-                self._filled = _thread()(self._fill)
+                _aside().leave()
+                _aside.cache_clear()
+                self._filled = _aside().submit(self._fill)
 
 
 @cache
@@ -212,14 +202,41 @@ def library() -> Any:
     return xgrammar
 
 
-@cache
-def _thread() -> Callable[[Callable[[], None]], "Future[None]"]:
-    """What runs work aside, in order; a daemon, for which nobody waits when it is stuck in a grammar."""
-    orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]]] = queue.SimpleQueue()
+def forbid(logits: torch.Tensor, rows: Sequence[int], bits: np.ndarray) -> None:
+    """Set to -inf, in these rows of the logits [rows vocab], what the bits say no to; int32, a row of them for each."""
+    vocab = logits.shape[1]
+    if logits.device.type == "cpu":
+        flags = np.unpackbits((~bits).view(np.uint8), axis=1, bitorder="little")
+        forbidden = torch.from_numpy(flags.view(np.bool_))[:, :vocab]
+    else:
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        there = torch.from_numpy(bits).to(logits.device)
+        forbidden = (there[:, :, None] >> shifts & 1 == 0).flatten(1)[:, :vocab]
+    if len(rows) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        logits[rows] = logits[rows].masked_fill_(forbidden, -torch.inf)
 
-    def run() -> None:
-        while True:
-            work, done = orders.get()
+
+class Aside:
+    """A thread that does work, in order; a daemon, for which nobody waits when it is stuck in a grammar."""
+
+    def __init__(self) -> None:
+        self._orders: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="llmkernels masks", daemon=True).start()
+
+    def submit(self, work: Callable[[], None]) -> "Future[None]":
+        done: Future[None] = Future()
+        self._orders.put((work, done))
+        return done
+
+    def leave(self) -> None:
+        """It ends when its work is done: a native call cannot be interrupted, and whoever waits for one gets none."""
+        self._orders.put(None)
+
+    def _run(self) -> None:
+        while order := self._orders.get():
+            work, done = order
             try:
                 done.set_result(work())
             except BaseException as failure:
@@ -227,10 +244,7 @@ def _thread() -> Callable[[Callable[[], None]], "Future[None]"]:
                 if not isinstance(failure, (ValueError, RuntimeError, TypeError)):
                     raise
 
-    def submit(work: Callable[[], None]) -> "Future[None]":
-        done: Future[None] = Future()
-        orders.put((work, done))
-        return done
 
-    threading.Thread(target=run, name="llmkernels masks", daemon=True).start()
-    return submit
+@cache
+def _aside() -> Aside:
+    return Aside()

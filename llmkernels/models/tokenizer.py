@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from llmkernels.engine.weights import CheckpointError, read_json
+from llmkernels.models.files import CheckpointError, read_json
 
 CONTEXT = 6  # tokens decoded again with each new one: what a byte or a space means depends on its neighbours
 BROKEN = "\ufffd"  # what bytes that are no whole character decode to

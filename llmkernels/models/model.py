@@ -15,43 +15,21 @@ A layer is eight calls, and no arithmetic happens outside them:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 import llmkernels
-
-if TYPE_CHECKING:
-    from llmkernels.engine.cache import KVCache
+from llmkernels.models.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The sizes and switches of a model; engine/weights.py reads them from config.json.
+class Cache(Protocol):
+    """Where keys and values are kept: k[layer], v[layer] [pages page_size kv_heads dim], and their scales or None."""
 
-    windows: for each layer, how many keys before its own position a query sees; -1 is all of them.
-    rope: rope_theta, rope_type and what that type needs, as in transformers' rope_parameters.
-    context: the longest sequence the model is for, in tokens.
-    dtype: what the checkpoint was saved in.
-    """
-
-    vocab: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int
-    eps: float
-    windows: tuple[int, ...]
-    rope: dict[str, Any]
-    tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    dtype: str
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: list[torch.Tensor | None]
+    v_scale: list[torch.Tensor | None]
 
 
 @dataclass
@@ -121,6 +99,9 @@ class Batch:
     hidden: Callable[[torch.Tensor], None] | None = None
 
 
+States = Callable[[torch.Tensor, Batch, Cache], tuple[torch.Tensor, torch.Tensor]]  # of Model.states
+
+
 @dataclass
 class Model:
     """A model in memory.  cos, sin: float32 [length, head_dim/2].  adapted: changes whenever the Deltas do."""
@@ -142,12 +123,20 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
-    def forward(self, batch: Batch, cache: "KVCache") -> torch.Tensor:
-        """Logits [samples vocab] of the rows asked for; keys and values of all tokens are written to the cache."""
-        return self.decode(self.embedding[batch.tokens], batch, cache)
+    def forward(self, batch: Batch, cache: Cache, states: States | None = None) -> torch.Tensor:
+        """Logits [samples vocab] of the rows asked for; keys and values of all tokens are written to the cache.
 
-    def decode(self, x: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
-        """`forward` behind the embedding, x [tokens hidden]: nothing but ops, where rows is None."""
+        states: `states`, or what torch.compile makes of it.
+        """
+        x, residual = (states or self.states)(self.embedding[batch.tokens], batch, cache)
+        if batch.hidden:
+            batch.hidden(llmkernels.rms_norm(x, self.norm, residual=residual, eps=self.config.eps)[0])
+        if batch.rows is not None:
+            x, residual = x[batch.rows], residual[batch.rows]
+        return self.logits(x, residual)
+
+    def states(self, x: torch.Tensor, batch: Batch, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last layer gives for embeddings x [tokens hidden], and the residual beside it: nothing but ops."""
         residual: Any = None
         adapters = batch.adapters
         for index, layer in enumerate(self.layers):
@@ -155,10 +144,10 @@ class Model:
             x = _product(self._attention(index, layer, qkv, batch, cache), layer.o, adapters)
             h, residual = self._normed(x, residual, layer.post_norm, layer.gate_up, adapters, "swiglu")
             x = _product(h, layer.down, adapters)
-        if batch.hidden:
-            batch.hidden(llmkernels.rms_norm(x, self.norm, residual=residual, eps=self.config.eps)[0])
-        if batch.rows is not None:
-            x, residual = x[batch.rows], residual[batch.rows]
+        return x, residual
+
+    def logits(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[rows vocab] of `states`."""
         return self._normed(x, residual, self.norm, self.head)[0]
 
     def _normed(
@@ -184,7 +173,7 @@ class Model:
         )
         return results if given else (results, x)
 
-    def _attention(self, index: int, layer: Layer, qkv: torch.Tensor, batch: Batch, cache: "KVCache") -> torch.Tensor:
+    def _attention(self, index: int, layer: Layer, qkv: torch.Tensor, batch: Batch, cache: Cache) -> torch.Tensor:
         """[tokens, heads * head_dim], of qkv [tokens, (heads + 2 * kv_heads) * head_dim]."""
         config = self.config
         rows = qkv.unflatten(-1, (-1, config.head_dim))

@@ -1,0 +1,107 @@
+"""The arrays of recorded steps, which stay where they are, and the sizes that steps are filled up to on a GPU."""
+
+from dataclasses import replace
+
+import torch
+
+from llmkernels.engine.layout import Layout, round_up, table_width
+from llmkernels.engine.tables import BlockTable
+from llmkernels.models.model import Batch, Model
+
+MOST_TOKENS = 64  # of a step with several for a sequence; beyond, the work outweighs Python
+MOST_EXACT = 6  # tokens for each sequence on average that are not filled up to the next 8
+
+
+class Inputs:
+    """The static arrays of steps: as a step sees them, and as Python fills them.
+
+    tokens: int64.  x: [tokens hidden], where a replay finds their embeddings.  ends: x and residual of the rows whose
+    logits are asked for, where they are not all.
+    """
+
+    def __init__(self, table: BlockTable, page_size: int, model: Model):
+        self.page_size = page_size
+        place = model.device
+        pin = place.type == "cuda"
+        sequences = len(table.array)
+        count = max(sequences, MOST_TOKENS)
+        long = torch.zeros(3, count, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
+        adapters = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
+        sees = torch.zeros(count, 1, dtype=torch.uint32, pin_memory=pin)
+        lengths, starts = (torch.zeros(sequences + 1, dtype=torch.int32, pin_memory=pin) for _ in range(2))
+        self._staged = [long, adapters, sees, lengths, starts, table.array]
+        # the same memory on a CPU
+        self._there = [array.to(place) for array in self._staged] if place.type != "cpu" else self._staged
+        self._views = [array.numpy() for array in (*long, adapters, sees[:, 0], lengths, starts)]
+        self.tokens = self._there[0][0]
+        self.x, *self.ends = torch.empty(3, count, model.config.hidden, dtype=model.dtype, device=place)
+
+    def batch(self, layout: Layout) -> Batch:
+        """The arrays of a step of this layout."""
+        long, adapters, sees, lengths, starts, table = self._there
+        tokens, count, width = len(layout.tokens), len(layout.lengths), table_width(layout.pages)
+        return Batch(
+            tokens=long[0, :tokens],
+            positions=long[1, :tokens],
+            slots=long[2, :tokens],
+            block_table=table[:count, :width],
+            seq_lens=lengths[:count],
+            cu_seqlens_q=starts[: count + 1],
+            rows=None,
+            max_seqlen_q=round_up(layout.most),
+            max_seqlen_k=width * self.page_size,
+            tree_mask=sees[:tokens] if layout.sees else None,
+            adapters=adapters[:tokens] if layout.adapters else None,
+        )
+
+    def set(self, layout: Layout) -> None:
+        """Fill in a layout."""
+        parts = (
+            layout.tokens,
+            layout.positions,
+            layout.slots,
+            layout.adapters,
+            layout.sees,
+            layout.lengths,
+            layout.starts,
+        )
+        for view, values in zip(self._views, parts, strict=True):
+            if values:
+                view[: len(values)] = values
+        if self._there is not self._staged:
+            for there, staged in zip(self._there, self._staged, strict=True):
+                there.copy_(staged, non_blocking=True)  # done before these are set again: a step ends with its tokens
+
+
+def filled(layout: Layout) -> Layout:
+    """This layout with rows of nobody behind it, so that few sizes occur; the logits of all rows are asked for.
+
+    one token each     sequence 0 | sequence 1 | ... | of no sequence, a token each
+    several            sequence 0: its tokens | sequence 1: fewer | ... | one that has no keys and the tokens left over
+    """
+    tokens, own = len(layout.tokens), len(layout.lengths)
+    sequences, each = rounded(own), -(-tokens // own)
+    each = each if each <= MOST_EXACT else -(-each // 8) * 8
+    more = sequences * each - tokens
+    if layout.most > 1:
+        starts = [*layout.starts, *[tokens] * (sequences - own), tokens + more]
+    else:
+        starts = [*range(sequences + 1)]
+    return replace(
+        layout,
+        tokens=layout.tokens + [0] * more,
+        positions=layout.positions + [0] * more,
+        slots=layout.slots + [-1] * more,
+        adapters=layout.adapters and layout.adapters + [-1] * more,
+        sees=layout.sees and layout.sees + [1] * more,
+        starts=starts,
+        lengths=layout.lengths + [0] * (len(starts) - 1 - own),
+        most=round_up(max(layout.most, more)) if layout.most > 1 else 1,
+        rows=[*range(tokens + more)],
+    )
+
+
+def rounded(count: int) -> int:
+    """The number of rows of a step for so many sequences: at most an eighth more, so that few sizes occur."""
+    step = 1 << max(0, (count - 1).bit_length() - 4)
+    return -(-count // step) * step
