@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 TORCH_XLA := .venv-torch-xla
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all soak test-sanitize test-vllm test-torch-xla compile-gpu compile-tpu peers bench bench-vllm readme clean
+.PHONY: help venv demo test test-all soak test-sanitize test-vllm test-torch-xla compile-gpu compile-tpu tpu-peers peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -78,6 +78,13 @@ $(LIBTPU): $(INSTALLED)
 
 compile-tpu: venv $(LIBTPU)  ## the Pallas kernels compiled for five TPU generations, without one: schedules, spills, VMEM
 	$(BIN)/llmkernels compile --backend xla $(addprefix --against ,$(wildcard bench/results/compiled-tpu.json))
+
+TPU_INFERENCE := tpu-inference==0.32.0
+build/tpu_inference/tpu_inference: $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps --target build/tpu_inference $(TPU_INFERENCE)
+
+tpu-peers: venv $(LIBTPU) build/tpu_inference/tpu_inference  ## schedules of the Pallas kernels beside those of JAX, vLLM and XLA
+	$(BIN)/python bench/tpu_peers.py --json bench/results/tpu-peers.json
 
 bench: venv  ## every op and backend against its peers and this machine's limit, into bench/results/
 	$(BIN)/llmkernels bench --peers

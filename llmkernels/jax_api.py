@@ -32,7 +32,7 @@ from llmkernels import ledger
 from llmkernels import ops as _ops  # noqa: F401  declares them
 from llmkernels.arrays import is_array, to_torch
 from llmkernels.contract import Contract
-from llmkernels.discovery import REFERENCE, cache_axes
+from llmkernels.discovery import REFERENCE, cache_axes, implementation
 from llmkernels.quant.weight import PARTS, QuantizedWeight
 from llmkernels.registry import OPS, Choice, Op
 from llmkernels.settings import Settings, current
@@ -59,6 +59,72 @@ def allocate_cache(
     place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     zeros = partial(jax.numpy.zeros, (pages, page_size, kv_heads, dim), dtype)
     return jax.jit(zeros, out_shardings=Format(Layout(major_to_minor=order), place))()
+
+
+def write_and_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, k_cache: jax.Array, v_cache: jax.Array, block_table: jax.Array,
+    seq_lens: jax.Array, cu_seqlens_q: jax.Array, *, backend: str | None = None, **options: Any,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """write_kv of the last tokens of each sequence, then paged_attention: (out, lse where asked for, k_cache, v_cache).
+
+    One kernel where the call is traced with max_seqlen_q=1 and the backend that answers both ops has one: on a TPU the
+    attention kernel of `xla` then writes what it reads.  Otherwise both ops are called.
+
+    Args:
+        k, v: [tokens kv_heads dim], of the tokens of q.  Their slots are those that block_table gives for the last
+            positions of each sequence; a page that is written must be no other sequence's.
+        options: those of paged_attention.
+    """
+    write, attend = OPS["write_kv"], OPS["paged_attention"]
+    slots = _last_slots(q.shape[0], k_cache.shape[1], block_table, seq_lens, cu_seqlens_q)
+    new = (k, v, k_cache, v_cache, slots)
+    scales = {name: options.get(name) for name in ("k_scale", "v_scale")}
+    read = (block_table, seq_lens, cu_seqlens_q)
+    call = attend.contract.bind(q, k_cache, v_cache, *read, **options)
+    fused = None
+    if options.get("max_seqlen_q") == 1 and _traced((q, k, v, k_cache, v_cache)):
+        fused = _fused([(write, write.contract.bind(*new, **scales)), (attend, call)], backend)
+    if fused is None:
+        k_cache, v_cache = globals()["write_kv"](*new, **scales, backend=backend)
+        answer = globals()["paged_attention"](q, k_cache, v_cache, *read, **options, backend=backend)
+        return *_listed(answer), k_cache, v_cache
+    named = {p.name: call[p.name] for p in attend.contract.signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return _only_infers("write_and_attend", partial(fused, **named))(q, *new, *read)
+
+
+def _fused(calls: list[tuple[Op, dict[str, Any]]], backend: str | None) -> Callable | None:
+    """The one program of the backend that answers both ops, if there is one."""
+    for op, call in calls:
+        op.contract.result_types(_described(op.contract, call))
+    with jax.ensure_compile_time_eval():
+        choices = [op.pick(call, "jax", backend) for op, call in calls]
+    name, *others = {choice.backend for choice in choices}
+    program = None if others or name == REFERENCE else implementation(name, "paged_attention")
+    if fused := getattr(program, "write_and_attend", None):
+        for (op, _), choice in zip(calls, choices, strict=True):
+            ledger.tally(op.name, name, choice.why).calls += 1
+    return fused
+
+
+def _last_slots(tokens: int, page_size: int, table: jax.Array, lengths: jax.Array, starts: jax.Array) -> jax.Array:
+    """[tokens] int32: where the last tokens of each sequence lie; -1 of a token that no sequence has."""
+    token = jax.numpy.arange(tokens, dtype="int32")
+    seq = jax.numpy.searchsorted(starts, token, side="right") - 1
+    seq = jax.numpy.clip(seq, 0, lengths.shape[0] - 1)
+    position = lengths[seq] - starts[seq + 1] + token
+    slot = table[seq, position // page_size] * page_size + position % page_size
+    return jax.numpy.where((position >= 0) & (token < starts[-1]), slot, -1)
+
+
+def _only_infers(name: str, function: Callable) -> Callable:
+    """The function, which says so where a gradient is asked for."""
+    answer = jax.custom_jvp(function)
+
+    @answer.defjvp
+    def refuse_gradient(primals: Any, tangents: Any) -> Any:
+        raise ValueError(f"{name}: no gradients; kernels only infer: put jax.lax.stop_gradient around its arguments")
+
+    return answer
 
 
 def _function(op: Op) -> Callable:
@@ -118,7 +184,6 @@ def _answer(op: Op, call: Mapping[str, Any], backend: str | None, types: list[ja
     arrays = {name: value for name, value in call.items() if name not in options}
     leaves, tree = jax.tree.flatten(arrays)
 
-    @jax.custom_jvp
     def answer(*leaves: jax.Array) -> list[jax.Array]:
         if choice.backend == REFERENCE:
             host = _host(op, choice, settings, options, tree, types)
@@ -128,11 +193,7 @@ def _answer(op: Op, call: Mapping[str, Any], backend: str | None, types: list[ja
             contract.check_values({name: to_torch(value) for name, value in call.items()})
         return _listed(_run(contract, choice.run, options | jax.tree.unflatten(tree, leaves)))
 
-    @answer.defjvp
-    def refuse_gradient(primals: Any, tangents: Any) -> Any:
-        raise ValueError(f"{op.name}: no gradients; kernels only infer: put jax.lax.stop_gradient around its arguments")
-
-    return answer(*leaves)
+    return _only_infers(op.name, answer)(*leaves)
 
 
 def _host(op: Op, choice: Choice, settings: Settings, options: dict, tree: Any, types: list) -> Callable:

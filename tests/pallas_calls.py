@@ -23,6 +23,7 @@ CALLS = {
     # a tile of queries 45 to 48, blocks of keys 16 to 31 and 32 to 47: some rows see all of each block, and some do not
     "window": ((5,), (50,), "float32", {"window": (29, 0)}),
     "int8 cache": ((1, 1), (37, 24), "int8", {"scales": True}),
+    "a step that writes": ((1, 1, 1), (37, 16, 9), "float32", {"writes": True}),
 }
 
 
@@ -45,17 +46,20 @@ def complaint(name, mode, rows=None):
         arrays["block_table"] = arrays["block_table"].copy()
         arrays["block_table"][0, 0] = rows
     scales = arrays.pop("scales") if options.get("scales") else {}
-    asked = {key: value for key, value in options.items() if key != "scales"}
+    asked = {key: value for key, value in options.items() if key not in ("scales", "writes")}
     size = max(1, min(4, max(new)))
     tiles = _tiles.Tiles(
-        size, 8 * -(-size * GROUP // 8), 2, 1 if size > 1 else 2, 8 * -(-size * GROUP // 8), size == 1, 0, 0
+        size, 8 * -(-size * GROUP // 8), 2, 1 if size > 1 else 2, 8 * -(-size * GROUP // 8), PAGE, size == 1, 0, 0
     )
     params = pltpu.InterpretParams(
         dma_execution_mode=mode, uninitialized_memory="nan", detect_races=mode == "eager", out_of_bounds_reads="raise"
     )
-    given = {key: jnp.asarray(arrays[key]) for key in ("q", "k_pages", "v_pages", "block_table", "seq_lens", "starts")}
+    before = arrays
+    if options.get("writes"):
+        before, asked["new"] = without_last(arrays)
+    given = {key: jnp.asarray(before[key]) for key in ("q", "k_pages", "v_pages", "block_table", "seq_lens", "starts")}
     try:
-        out, _ = _attention.attend(
+        out, _, *pages = _attention.attend(
             *given.values(), scale=DIM**-0.5, tiles=tiles, interpret=params,
             **asked, **{key: jnp.asarray(value) for key, value in scales.items()},
         )  # fmt: skip
@@ -65,6 +69,9 @@ def complaint(name, mode, rows=None):
         return raised
     if mode == "eager" and interpret_pallas_call.races.races_found:
         return "a race"
+    for name, written in zip(("k_pages", "v_pages"), pages, strict=False):
+        if not np.array_equal(np.asarray(written), arrays[name], equal_nan=True):
+            return f"{name} are not what was written"
     want = expected(arrays, scales, new, lengths, asked.get("window", (-1, -1))[0])
     error = float(np.abs(out - want).max())
     return None if error < 1e-5 else f"off by {error}"
@@ -91,6 +98,18 @@ def made(new, lengths, stored):
     scales = {name: rng.uniform(0.01, 0.04, KV_HEADS).astype(np.float32) for name in ("k_scale", "v_scale")}
     lens, starts = np.array(lengths, np.int32), np.cumsum([0, *new], dtype=np.int32)
     return {"q": q, **caches, "block_table": table, "seq_lens": lens, "starts": starts, "scales": scales}
+
+
+def without_last(arrays):
+    """(the arrays with NaN where the last key and value of each sequence lie, those keys and values)."""
+    at = arrays["seq_lens"] - 1
+    pages, slots = arrays["block_table"][np.arange(len(at)), at // PAGE], at % PAGE
+    before, new = dict(arrays), []
+    for name in ("k_pages", "v_pages"):
+        new.append(arrays[name][pages, :, slots])
+        before[name] = arrays[name].copy()
+        before[name][pages, :, slots] = np.nan
+    return before, new
 
 
 def expected(arrays, scales, new, lengths, left):

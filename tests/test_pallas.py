@@ -14,9 +14,9 @@ import pytest
 pytestmark = pytest.mark.skipif(not util.find_spec("jax"), reason="jax is not installed")
 QUICK = (
     "no wait for a copy",
+    "a token is put before its page is there",
     "a page that does not exist",
     "the scale of the first head",
-    "write_kv waits for no tile",
 )
 
 
@@ -55,6 +55,13 @@ def test_every_planted_fault_is_noticed():
     assert all(found.values()), found
 
 
+def test_a_spill_fails_whatever_was_kept():
+    from llmkernels.crosscompile import tpu
+
+    assert list(tpu.faults({"why": "", "spills": 1})) == ["stores 1 vector registers for lack of them"]
+    assert not list(tpu.faults({"why": "", "spills": 0}))
+
+
 EXPORT = """
 import os, sys
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -84,7 +91,8 @@ def test_a_kept_schedule_is_read(tmp_path):
 
     stem = "17-kernel.1"
     bundles = ["     0   :  { %1 = sbr.rel (%p1) target = $region3 }", "  0x1 LB: > { vst /* Start region 2 */ }"]
-    bundles += ["  0x2   : > { }", "  0x3   :  { nop } /* Start region 3 */"]
+    bundles += ["  0x2   : > { %p2 = scmp.ge.s32.totalorder %s3, 8 }"]
+    bundles += ["  0x3   :  { %4 = sbr.rel (!%p2) target = $region2 } /* Start region 3 */"]
     (tmp_path / f"{stem}-72-final_bundles.txt").write_text("\n".join(["= control target key start", *bundles]))
     units = "== CAPACTIY:\nMXU, VSTORE:SPILL\n2 2\n== UTILIZATION:\n0 0\n2 1\n1 0\n0 0\n"
     (tmp_path / f"{stem}-70-final_hlo-static-per-bundle-utilization.txt").write_text(units)
@@ -94,4 +102,6 @@ def test_a_kept_schedule_is_read(tmp_path):
     assert (program.name, program.bundles, program.spills, program.vmem) == ("kernel.1", 4, 1, 256)
     assert list(program.loops(1)) == [range(1, 3)]
     assert program.skips == [(0, 3)]
+    assert program.turns == [(range(1, 3), 8)]
+    assert program.runs() == [1, 8, 8, 1]
     assert program.used("MXU", range(1, 3)) == 0.75

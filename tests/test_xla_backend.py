@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import llmkernels
+from llmkernels import discovery
 from llmkernels.arrays import from_torch, to_torch
 from llmkernels.comparison import compare
 from llmkernels.discovery import implementation
@@ -183,6 +185,27 @@ def test_donated_caches_are_written_in_place():
     written = write(k, cache, slots)
     assert written.unsafe_buffer_pointer() == memory
     assert float(written.sum()) == float(written[1, 1].sum()) == 8
+
+
+def test_a_step_that_writes_and_attends_is_both_ops():
+    """As two ops, as one program of plain XLA, and as one kernel: three sequences, one new token each."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (jax.random.normal(key, (3, n, 128), jnp.bfloat16) for key, n in zip(keys, (4, 2, 2), strict=False))
+    caches = [jax.random.normal(key, (6, 8, 2, 128), jnp.bfloat16) for key in keys[3:]]
+    table, lengths = jnp.array([[3, 1], [0, 4], [5, 2]], jnp.int32), jnp.array([16, 9, 1], jnp.int32)
+    arrays = (q, k, v, *caches, table, lengths, jnp.arange(4, dtype=jnp.int32))
+    step = partial(jax_api.write_and_attend, return_lse=True, max_seqlen_q=1, backend="xla")
+    want = step(*arrays)
+    assert not jnp.array_equal(want[2], caches[0])
+    plain = jax.jit(step)(*arrays)
+    with discovery.emulated("xla"):
+        fused = jax.jit(step)(*arrays)
+    for got in (plain, fused):
+        assert all(jnp.array_equal(x, y) for x, y in zip(got[2:], want[2:], strict=True)), "the caches"
+        assert all(jnp.abs(x - y).max() < 1e-2 for x, y in zip(got[:2], want[:2], strict=True))
+    assert set(llmkernels.ledger.read()) == {"paged_attention", "write_kv"}
+    with pytest.raises(ValueError, match="write_and_attend: no gradients"):
+        jax.grad(lambda q: jax.jit(step)(q, *arrays[1:])[0].sum())(q)
 
 
 def test_a_cache_keeps_the_order_of_the_backend():

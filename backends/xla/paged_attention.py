@@ -47,6 +47,13 @@ def plain(
 program = Program(plain)
 
 
+def write_and_attend(*arrays, **options):
+    """One new token a sequence written, then read: (out, lse where asked for, k_cache, v_cache); _decode.py."""
+    from ._decode import program
+
+    return program(*arrays, **options)
+
+
 def run(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options):
     if isinstance(q, jax.Array):
         return program(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options)

@@ -25,6 +25,9 @@ def compile_(
         list[str] | None, typer.Option(help="A chip: sm_90, gfx942, v6e ...; may be given again.  Otherwise all.")
     ] = None,
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
+    call: Annotated[
+        str | None, typer.Option(help="Of Pallas kernels, calls whose name contains this, for each target.")
+    ] = None,
     every: Annotated[
         bool, typer.Option("--every", help="Every specialisation, not a choice that has each constant and type once.")
     ] = False,
@@ -54,7 +57,7 @@ def compile_(
     if backend == "xla":
         from llmkernels.cli.compile_tpu import compile_tpu
 
-        compile_tpu(backend, target, op, every, jobs, against, load, keep, record, json)
+        compile_tpu(backend, target, op, call, every, jobs, against, load, keep, record, json)
         return
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; unset, Triton 3.9 warns of another to come
     from llmkernels import discovery, status

@@ -9,8 +9,8 @@ from llmkernels.cli.screen import console, progress, show_json
 
 
 def compile_tpu(
-    backend: str, target: list[str] | None, op: str | None, every: bool, jobs: int, against: Path | None,
-    load: Path | None, keep: Path | None, record: Path | None, json: bool,
+    backend: str, target: list[str] | None, op: str | None, call: str | None, every: bool, jobs: int,
+    against: Path | None, load: Path | None, keep: Path | None, record: Path | None, json: bool,
 ) -> None:  # fmt: skip
     """Compile for TPUs, print the table, and exit with 1 where something does not compile, spills or became worse."""
     from llmkernels import status
@@ -28,16 +28,17 @@ def compile_tpu(
         show_json({"rows": rows}) if json else _show(rows, targets, [])
         return
     old = kept.read(against, tpu.ROW) if against else None
-    pairs = ((call, name) for call in calls() for name in targets) if every else chosen(targets)
-    asked = [(call, name) for call, name in pairs if op in (None, call.op)]
+    pairs = ((one, name) for one in calls() for name in targets) if every or call else chosen(targets)
+    asked = [(one, name) for one, name in pairs if op in (None, one.op) and (call or "") in one.name]
     if not asked:
-        raise ValueError(f"--op is {op!r}; compiled are calls of {', '.join(dict.fromkeys(c.op for c in calls()))}")
+        names = ", ".join(dict.fromkeys(one.name if op == one.op else one.op for one in calls()))
+        raise ValueError(f"--op is {op!r}, --call is {call!r}; compiled are calls of {names}")
     rows = []
     with progress("compiling", len(asked)) as (bar, task):
         for row in tpu.compile_all(backend, asked, tpu.FOLDER, jobs):
             rows.append(row)
             bar.update(task, advance=1, description=f"{row['launch']} {row['target']}")
-    told = [(one, what) for one in rows for what in tpu.faults(one, tpu.spilled(old) if old else {})]
+    told = [(one, what) for one in rows for what in tpu.faults(one)]
     told += list(tpu.worse(rows, old)) if old else []
     problems = [f"{one['kernel']}, {one['launch']}, on {one['target']}: {what}" for one, what in told]
     report = tpu.report(backend, rows, problems)

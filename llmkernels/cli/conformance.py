@@ -42,7 +42,8 @@ def conformance(
 
     discovery.check_name(backend, "--backend")
     check_device(device)
-    if not any(True for _ in testing.calls(op, dtype, case)):
+    asked = sum(1 for _ in testing.calls(op, dtype, case))
+    if not asked:
         raise ValueError(f"no case fits --op {op} --dtype {dtype} --case {case}; `llmkernels ops` lists ops and dtypes")
     if record and case:
         raise ValueError("--record with --case: a record counts all cases of an op; leave --case out")
@@ -61,15 +62,17 @@ def conformance(
         status.write(record, status.summarize(results, mode, name, isa and isa()))
     counts = Counter(result.verdict for result in results)
     if json:
-        show_json(report(backend, mode, name, results, missing))
+        show_json(report(backend, mode, name, results, missing, asked))
     else:
-        _show(backend, mode, name, results, missing)
+        _show(backend, mode, name, results, missing, asked)
     if counts["failed"]:
         raise typer.Exit(1)
 
 
-def report(backend: str, mode: str, device: str, results: list["Result"], missing: list[str]) -> dict[str, Any]:
-    """What --json prints."""
+def report(
+    backend: str, mode: str, device: str, results: list["Result"], missing: list[str], asked: int
+) -> dict[str, Any]:
+    """What --json prints.  taken: the share of the cases asked for, those of missing ops too, that were not refused."""
     counts = Counter(result.verdict for result in results)
     return {
         "backend": backend,
@@ -78,6 +81,7 @@ def report(backend: str, mode: str, device: str, results: list["Result"], missin
         "passed": counts["passed"],
         "failed": counts["failed"],
         "refused": counts["refused"],
+        "taken": round(_taken(counts) / asked, 4),
         "missing": missing,
         "cases": [
             {
@@ -94,7 +98,11 @@ def report(backend: str, mode: str, device: str, results: list["Result"], missin
     }
 
 
-def _show(backend: str, mode: str, device: str, results: list["Result"], missing: list[str]) -> None:
+def _taken(counts: Counter) -> int:
+    return counts["passed"] + counts["failed"]
+
+
+def _show(backend: str, mode: str, device: str, results: list["Result"], missing: list[str], asked: int) -> None:
     from rich.table import Table
 
     from llmkernels import discovery
@@ -128,6 +136,7 @@ def _show(backend: str, mode: str, device: str, results: list["Result"], missing
     counts = Counter(r.verdict for r in results)
     words = ", ".join(f"{counts[word]} {colored(word)}" for word in ("passed", "failed", "refused"))
     words += f"; {len(missing)} ops missing" if missing else ""
+    words += f"; {_taken(counts) / asked:.0%} of {asked} cases taken" if _taken(counts) < asked else ""
     screen.print(f"{backend} {mode} on {device}: {words}")
 
 

@@ -6,13 +6,15 @@ libtpu writes them where LIBTPU_INIT_ARGS has FLAGS; the flags are undocumented,
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2},?\s*)*:\s*(>*)\s*(.*)$")
 _NAME = re.compile(r"^\d+-(.+)-\d+-final_bundles\.txt$")
+_COMPARED = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%p\w+\), )?%\w+, (\d+)\b")
+_BACK = re.compile(r"sbr\.rel \(!(%p\w+)\) target = \$region(\d+)")
 _BRANCH = re.compile(r"sbr\.rel \((!?)%p\w+\) target = \$region(\d+)")
 _VMEM = re.compile(r"space=vmem, size = (0x[0-9a-f]+),[^\n]* scoped")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
@@ -30,6 +32,7 @@ class Schedule:
         capacity: unit -> slots of one bundle.
         vmem: bytes of VMEM that are the kernel's own: buffers, scratch, windows of its blocks.
         skips: (bundle, bundle): where a branch leads forward past a part of the program.
+        turns: (bundles of a loop, how often it runs), outer loops first; 0 where the program does not say.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Schedule:
     capacity: dict[str, int]
     vmem: int
     skips: list[tuple[int, int]]
+    turns: list[tuple[range, int]]
 
     @property
     def bundles(self) -> int:
@@ -47,10 +51,18 @@ class Schedule:
     def spills(self) -> int:
         return sum(self.slots["VSTORE:SPILL"])
 
-    def used(self, unit: str, inside: range | None = None) -> float:
+    def used(self, unit: str, inside: Sequence[int] = ()) -> float:
         """The share of a unit's slots that is used, in some bundles or in all."""
         inside = inside or range(self.bundles)
         return sum(self.slots[unit][i] for i in inside) / max(1, self.capacity[unit] * len(inside))
+
+    def runs(self) -> list[int]:
+        """How often each bundle runs, every branch taken; a loop of unknown length counts once."""
+        times = [1] * self.bundles
+        for loop, turns in self.turns:
+            for i in loop:
+                times[i] *= max(1, turns)
+        return times
 
     def loops(self, depth: int) -> Iterator[range]:
         """The runs of bundles that stand in `depth` loops or more."""
@@ -91,7 +103,20 @@ def _schedule(name: str, file: Path) -> Schedule:
         dict(zip(names, map(int, capacity.split()), strict=True)),
         sum(int(size, 16) for size in _VMEM.findall(_stage(file.parent, stem, name, "original"))),
         [(i, to) for i, to in branches if to > i],
+        _turns(rows, begins),
     )
+
+
+def _turns(rows: list[re.Match], begins: Mapping[str, int]) -> list[tuple[range, int]]:
+    """Loops by the branches that lead back, with the number that their counters are compared with."""
+    compared = dict(match for row in rows for match in _COMPARED.findall(row[2]))
+    found = []
+    for i, row in enumerate(rows):
+        for predicate, region in _BACK.findall(row[2]):
+            begin = begins.get(region, i)
+            if begin < i:
+                found.append((range(begin, i), int(compared.get(predicate, 0))))
+    return sorted(found, key=lambda loop: (loop[0].start, -loop[0].stop))
 
 
 def _stage(folder: Path, stem: str, name: str, stage: str) -> str:

@@ -57,11 +57,12 @@ def compile_all(backend: str, calls: Sequence[tuple[Call, str]], libtpu: Path, j
     if not (libtpu / "libtpu").is_dir():
         raise ValueError(f"--libtpu is {libtpu}, where there is none: make compile-tpu installs it")
     os.environ.update(ENVIRONMENT)  # before the processes start, and jax in them
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _prepare, (str(libtpu.resolve()),)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), prepare, (str(libtpu.resolve()),)) as pool:
         yield from pool.map(partial(_row, backend), *zip(*calls, strict=True))
 
 
-def _prepare(libtpu: str) -> None:
+def prepare(libtpu: str) -> None:
+    """What a process does before it imports jax, to compile for TPUs and to have the schedules."""
     sys.path.insert(0, libtpu)
     folder = tempfile.mkdtemp(prefix="schedules-")
     os.environ["LIBTPU_INIT_ARGS"] = schedule.FLAGS.format(folder=folder)
@@ -69,21 +70,18 @@ def _prepare(libtpu: str) -> None:
 
 
 def _row(backend: str, call: Call, target: str) -> dict[str, Any]:
-    began, folder = time.perf_counter(), Path(os.environ["SCHEDULES"])
+    began = time.perf_counter()
     row: dict[str, Any] = {"kernel": call.op, "target": target, "launch": call.name, "ops": {call.op: [call.dtype]}}
     row |= dict.fromkeys(NUMBERS) | {"why": ""}
     try:
-        kernels = _KERNEL.findall(compile_call(backend, call, target).as_text())
-        programs = [program for program in schedule.read(folder) if program.name in kernels]
-        row |= numbers(max(programs, key=lambda program: program.bundles))
+        kernels, _ = schedules(backend, target, partial(program, backend, call))
+        row |= numbers(max(kernels, key=lambda kernel: kernel.bundles))
     except Exception as error:  # whatever a compiler raises is why the kernel was not compiled
-        row["why"] = _raised(error)
-    shutil.rmtree(folder)
-    folder.mkdir()
+        row["why"] = raised(error)
     return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -95,18 +93,27 @@ def numbers(program: schedule.Schedule) -> dict[str, Any]:
     }
 
 
-def compile_call(backend: str, call: Call, target: str) -> Any:
-    """The call's program, compiled for one core of that generation."""
+def schedules(backend: str, target: str, made: Callable) -> tuple[list[schedule.Schedule], list[schedule.Schedule]]:
+    """The Pallas kernels of a program for one core of that generation, and XLA's own parts.  The process is prepared.
+
+    Args:
+        made: from a sharding, (function, positional arguments, named ones), by shapes.
+    """
     import jax
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=chips(backend)[target].topology, chips_per_host_bounds=(1, 1, 1)
     )
-    device = topology.devices[0]
-    run, positional, named = program(backend, call, jax.sharding.SingleDeviceSharding(device))
+    device, folder = topology.devices[0], Path(os.environ["SCHEDULES"])
+    shutil.rmtree(folder)
+    folder.mkdir()
+    run, positional, named = made(jax.sharding.SingleDeviceSharding(device))
     with jax.default_device(device):  # where Pallas looks for the generation
-        return jax.jit(run).lower(positional, named).compile()
+        compiled = jax.jit(run).lower(positional, named).compile()
+    names = _KERNEL.findall(compiled.as_text() or "")
+    found = schedule.read(folder)
+    return [one for one in found if one.name in names], [one for one in found if one.name not in names]
 
 
 def program(backend: str, call: Call, sharding: Any = None) -> tuple[Callable, list[Any], dict[str, Any]]:
@@ -117,7 +124,7 @@ def program(backend: str, call: Call, sharding: Any = None) -> tuple[Callable, l
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     positional, named, fixed = arguments(call, partial(_weight, backend, array), array)
-    kernel = _part(backend, f"tpu.{call.op}")
+    kernel = _part(backend, f"tpu.{call.kernel or call.op}")
     refused = [reason for _, reason, _ in kernel.takes(*positional, **named, **fixed)]
     if refused:
         raise ValueError(f"refused: {'; '.join(refused)}")
@@ -142,12 +149,12 @@ def _part(backend: str, name: str) -> Any:
     return import_module(f"{discovery.backends()[backend]}.{name}")
 
 
-def faults(one: Mapping[str, Any], known: Mapping[tuple, int]) -> Iterator[str]:
-    """What is wrong with a row; `known` has the spills of the kept report."""
+def faults(one: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a row."""
     if one["why"]:
         yield one["why"]
-    elif one["spills"] > known.get(key(one), 0):
-        yield f"stores {one['spills']} vector registers for lack of them; {known.get(key(one), 0)} are known"
+    elif one["spills"]:
+        yield f"stores {one['spills']} vector registers for lack of them"
 
 
 def worse(rows: Iterable[Mapping[str, Any]], kept: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -163,11 +170,6 @@ def worse(rows: Iterable[Mapping[str, Any]], kept: Mapping[str, Any]) -> Iterato
             yield one, f"has {one['bundles']} bundles; it had {old['bundles']}"
         if one["vmem"] > SLACK * old["vmem"]:
             yield one, f"takes {one['vmem']} bytes of VMEM; it took {old['vmem']}"
-
-
-def spilled(report: Mapping[str, Any]) -> dict[tuple, int]:
-    """Known spills; of another compiler they say nothing."""
-    return {key(one): one["spills"] for one in report["rows"] if one["spills"] and report.get("libtpu") == version()}
 
 
 def report(backend: str, rows: Iterable[Mapping[str, Any]], problems: Iterable[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ class Call:
 
     Args:
         arrays, options: name -> (shape, dtype), or a Python value; a weight is ('weight', scheme, out, in).
+        kernel: the module that has the kernel, where it is not the op's own.
     """
 
     op: str
@@ -21,6 +22,7 @@ class Call:
     dtype: str
     arrays: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    kernel: str = ""
 
 
 def calls() -> Iterator[Call]:
@@ -30,6 +32,7 @@ def calls() -> Iterator[Call]:
     yield from _writes()
     yield from _rows()
     yield from _adapters()
+    yield from _steps()
 
 
 def chosen(targets: Sequence[str]) -> Iterator[tuple[Call, str]]:
@@ -41,48 +44,69 @@ def chosen(targets: Sequence[str]) -> Iterator[tuple[Call, str]]:
         yield from ((call, name) for name in mine)
 
 
-def _attention() -> Iterator[Call]:
-    def call(
-        name: str, tokens: int = 8, seqs: int = 8, keys: int = 2048, heads: int = HEADS, kv_heads: int = KV_HEADS,
-        dim: int = DIM, v_dim: int | None = None, page: int = PAGE, dtype: str = "bfloat16", stored: str | None = None,
-        **options: Any,
-    ) -> Call:  # fmt: skip
-        pages = keys // page
-        cache = (min(seqs * pages, 4096), page, kv_heads)
-        arrays = {
-            "q": ((tokens, heads, dim), dtype),
-            "k_cache": ((*cache, dim), stored or dtype),
-            "v_cache": ((*cache, v_dim or dim), stored or dtype),
-            "block_table": ((seqs, pages), "int32"),
-            "seq_lens": ((seqs,), "int32"),
-            "cu_seqlens_q": ((seqs + 1,), "int32"),
-        }
-        defaults = {"scale": None, "causal": True, "window": (-1, -1), "soft_cap": 0.0, "return_lse": False}
-        absent = dict.fromkeys(("sinks", "alibi_slopes", "k_scale", "v_scale", "tree_mask"))
-        bounds = {"max_seqlen_q": None, "max_seqlen_k": None}
-        return Call("paged_attention", name, dtype, arrays, defaults | absent | bounds | options)
+def attention(
+    name: str, tokens: int = 8, seqs: int = 8, keys: int = 2048, heads: int = HEADS, kv_heads: int = KV_HEADS,
+    dim: int = DIM, v_dim: int | None = None, page: int = PAGE, dtype: str = "bfloat16", stored: str | None = None,
+    writes: bool = False, **options: Any,
+) -> Call:  # fmt: skip
+    """A call of paged_attention; writes: of the kernel that writes what it reads."""
+    pages = keys // page
+    cache = (min(seqs * pages, 4096), page, kv_heads)
+    arrays = {
+        "q": ((tokens, heads, dim), dtype),
+        "k_cache": ((*cache, dim), stored or dtype),
+        "v_cache": ((*cache, v_dim or dim), stored or dtype),
+        "block_table": ((seqs, pages), "int32"),
+        "seq_lens": ((seqs,), "int32"),
+        "cu_seqlens_q": ((seqs + 1,), "int32"),
+    }
+    if writes:
+        new: Any = ((tokens, kv_heads, dim), dtype)
+        first, *others = arrays.items()
+        slots = {"slots": ((tokens,), "int32")}
+        arrays = dict([first, ("k", new), ("v", new), *others[:2]]) | slots | dict(others[2:])
+    defaults = {"scale": None, "causal": True, "window": (-1, -1), "soft_cap": 0.0, "return_lse": False}
+    absent = dict.fromkeys(("sinks", "alibi_slopes", "k_scale", "v_scale", "tree_mask"))
+    bounds = {"max_seqlen_q": None, "max_seqlen_k": None}
+    kernel = "_decode" if writes else ""
+    return Call("paged_attention", name, dtype, arrays, defaults | absent | bounds | options, kernel)
 
+
+def _attention() -> Iterator[Call]:
     head = ((HEADS,), "float32")
     one = ((1,), "float32")
-    yield call("decode 8 x 2k")
-    yield call("decode 64 x 16k", tokens=64, seqs=64, keys=16384)
-    yield call("decode, pages of 16", page=16)
-    yield call("decode, heads of 64", dim=64)
-    yield call("decode, heads of 256", dim=256)
-    yield call("decode, MHA", heads=8)
-    yield call("decode, group of 7", heads=14, kv_heads=2)
-    yield call("decode, MLA", heads=16, kv_heads=1, dim=576, v_dim=512)
+    yield attention("decode 8 x 2k")
+    yield attention("decode 64 x 16k", tokens=64, seqs=64, keys=16384)
+    yield attention("decode, pages of 16", page=16)
+    yield attention("decode, heads of 64", dim=64)
+    yield attention("decode, heads of 256", dim=256)
+    yield attention("decode, MHA", heads=8)
+    yield attention("decode, group of 7", heads=14, kv_heads=2)
+    yield attention("decode, MLA", heads=16, kv_heads=1, dim=576, v_dim=512)
     for stored in ("int8", "float8_e4m3fn", "float8_e5m2"):
-        yield call(f"decode, {stored} cache", stored=stored, k_scale=one, v_scale=one)
-    yield call("decode", dtype="float16")
-    yield call("decode", dtype="float32")
-    yield call("prefill 2 x 256", tokens=512, seqs=2)
-    yield call("prefill 1 x 2048", tokens=2048, seqs=1)
-    yield call("chunks in float32", tokens=64, seqs=2, dtype="float32")
-    yield call("window and lse", tokens=64, seqs=4, window=(1024, 0), return_lse=True)
-    yield call("soft cap, sinks", tokens=64, seqs=4, soft_cap=30.0, sinks=head)
-    yield call("ALiBi", tokens=64, seqs=4, alibi_slopes=head)
-    yield call("tree", tokens=64, seqs=8, tree_mask=((64, 1), "uint32"))
+        yield attention(f"decode, {stored} cache", stored=stored, k_scale=one, v_scale=one)
+    yield attention("decode", dtype="float16")
+    yield attention("decode", dtype="float32")
+    yield attention("prefill 2 x 256", tokens=512, seqs=2)
+    yield attention("prefill 1 x 2048", tokens=2048, seqs=1)
+    yield attention("chunks in float32", tokens=64, seqs=2, dtype="float32")
+    yield attention("window and lse", tokens=64, seqs=4, window=(1024, 0), return_lse=True)
+    yield attention("soft cap, sinks", tokens=64, seqs=4, soft_cap=30.0, sinks=head)
+    yield attention("ALiBi", tokens=64, seqs=4, alibi_slopes=head)
+    yield attention("tree", tokens=64, seqs=8, tree_mask=((64, 1), "uint32"))
+
+
+def _steps() -> Iterator[Call]:
+    """Decode whose attention writes."""
+    one = ((1,), "float32")
+    yield attention("decode that writes", writes=True, max_seqlen_q=1)
+    yield attention("decode that writes, int8", stored="int8", k_scale=one, v_scale=one, writes=True, max_seqlen_q=1)
+
+
+def product(scheme: str, rows: int) -> Call:
+    """A call of quantized_gemm."""
+    arrays: dict[str, Any] = {"x": ((rows, HIDDEN), "bfloat16"), "weight": ("weight", scheme, HIDDEN, HIDDEN)}
+    return Call("quantized_gemm", f"{scheme}, {rows} rows", "bfloat16", arrays, {"bias": None})
 
 
 def _products() -> Iterator[Call]:
@@ -99,10 +123,7 @@ def _products() -> Iterator[Call]:
     )
     for scheme in schemes:
         for rows in (8, 512):
-            yield Call(
-                "quantized_gemm", f"{scheme}, {rows} rows", "bfloat16",
-                {"x": ((rows, HIDDEN), "bfloat16"), "weight": ("weight", scheme, HIDDEN, HIDDEN)}, {"bias": None},
-            )  # fmt: skip
+            yield product(scheme, rows)
 
 
 def _layers() -> Iterator[Call]:

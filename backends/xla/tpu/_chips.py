@@ -21,7 +21,7 @@ class Chip:
     """One TensorCore.
 
     Args:
-        kind: how its device_kind begins.
+        kind: how its device_kind begins; the first that fits counts.
         topology: what libtpu calls one chip of it.
         matrix: rows and columns of the matrix unit.
         vmem: bytes.
@@ -30,6 +30,9 @@ class Chip:
         fp8, int8: whether the matrix unit multiplies them.
         pages: of a block of attention at most: each is a copy that the program spells out.
         decode_keys: of a block whose update is unrolled: as many as registers are not spilled for.
+        narrow_keys: of an update whose scores or keys take more registers than they fill.
+        features: of a weight that are multiplied at once by few rows, without and with zero points.
+        registers: vector registers, of 4 KiB each.
     """
 
     name: str
@@ -43,6 +46,9 @@ class Chip:
     int8: bool = True
     pages: int = 16
     decode_keys: int = 768
+    narrow_keys: int = 128
+    features: tuple[int, int] = (512, 512)
+    registers: int = 64
 
     @property
     def vmem_limit(self):
@@ -58,11 +64,24 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "TPU v4", "v4:1x1x1", 128, 16 * MIB, 1.2e12, 275e12, int8=False, decode_keys=256),
+        Chip(
+            "v4",
+            "TPU v4",
+            "v4:1x1x1",
+            128,
+            16 * MIB,
+            1.2e12,
+            275e12,
+            int8=False,
+            decode_keys=256,
+            narrow_keys=32,
+            features=(128, 128),
+            registers=32,
+        ),
         Chip("v5e", "TPU v5 lite", "v5e:1x1", 128, 128 * MIB, 0.82e12, 197e12),
-        Chip("v5p", "TPU v5p", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
-        Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12),
-        Chip("v7x", "TPU7x", "tpu7x:1x1x1", 256, 64 * MIB, 3.7e12, 1150e12, fp8=True),
+        Chip("v5p", "TPU v5", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
+        Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12, features=(512, 256)),
+        Chip("v7x", "TPU7x", "tpu7x:1x1x1", 256, 64 * MIB, 3.7e12, 1150e12, fp8=True, features=(512, 256)),
     )
 }
 

@@ -54,9 +54,7 @@ def linear(
     if scheme is not None and weight.permutation is not None:  # stored column j belongs to feature permutation[j]
         x = jnp.take(x, weight.permutation, axis=1)
     values, scales, zeros = (weight, None, None) if scheme is None else parts(weight)
-    blocks = choose(
-        chip, rows=x.shape[0], features=out, columns=columns, kind=kind, packed=scheme is not None and scheme.packed
-    )
+    blocks = choose(chip, rows=x.shape[0], features=out, columns=columns, kind=kind, zeros=zeros is not None)
     y = product(
         x.astype(kind.dot), carried(values), scales, zeros, kind=kind, blocks=blocks, x_scales=x_scales,
         row_scale=row_scale, bias=bias, out_dtype=multiplied_as(dtype),
@@ -97,7 +95,7 @@ def kind_of(scheme, dtype, columns, activation, chip):
 
 
 def parts(weight):
-    """(values as stored, scales float32 [out groups], zeros float32 [out groups] or None)."""
+    """(values as stored, scales float32 [out groups], zeros [out groups], of int4 uint8, else float32, or None)."""
     scheme, scales, zeros = weight.scheme, weight.scales, weight.zeros
     if scheme.weight == "mxfp4":  # the kernel has twice the numbers
         scales = jnp.exp2(scales.astype(jnp.float32) - 128)
@@ -105,8 +103,8 @@ def parts(weight):
         scales = jnp.repeat(scales, BLOCK, axis=0)[: weight.shape[0]]
     elif scheme.granularity == "tensor":
         scales = jnp.broadcast_to(scales, (weight.shape[0], 1))
-    if zeros is not None:
-        zeros = zeros.astype(jnp.float32) - (8 if scheme.weight == "int4" else 0)
+    if zeros is not None and scheme.weight != "int4":
+        zeros = zeros.astype(jnp.float32)
     return weight.values, scales.astype(jnp.float32), zeros
 
 
@@ -123,7 +121,7 @@ def plan(x, weight, *, activation="none", **options):
     rows, features = max(1, prod(x.shape[:-1])), max(1, weight.shape[0] // kind.parts)
     b = choose(
         chip, rows=rows, features=features, columns=max(1, weight.shape[1]), kind=kind,
-        packed=scheme is not None and scheme.packed,
+        zeros=scheme is not None and not scheme.symmetric,
     )  # fmt: skip
     words = f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}"
     return f"{words}, {b.vmem >> 10} KiB of VMEM on {chip.name}"

@@ -18,6 +18,11 @@ def carried(x):
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.float16 else x
 
 
+def restored(x, like):
+    """What was carried, in the dtype of `like` again."""
+    return lax.bitcast_convert_type(x, like.dtype) if like.dtype == jnp.float16 else x
+
+
 def multiplied_as(dtype):
     """What a product of activations of this dtype is computed in."""
     return jnp.dtype(jnp.float32) if jnp.dtype(dtype) == jnp.float16 else jnp.dtype(dtype)

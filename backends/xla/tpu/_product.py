@@ -9,10 +9,6 @@
 Within a block, 128 columns at a time meet in the matrix unit, and their float32 sum is multiplied by the scales of
 their group: [groups N] lies so that a group is one row over the lanes.  So weights stay exact in bfloat16.
 A group of 32 or 64 columns is 128 columns of which x keeps those of the group: its rows are stacked, one copy a group.
-
-int4: a byte holds two neighbouring columns, so 128 bytes are two chunks of 128 columns.  Nibbles are parted in 32-bit
-words that hold 8 of them, then halves of the lanes change places, and a chunk reads [64 even columns | 64 odd ones];
-XLA puts the columns of x into the same order.  Zero points are taken off before the product: q - z is exact.
 """
 
 import functools
@@ -24,23 +20,37 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._numbers import LANES, cleared, converted, multiply, tile_rows
+from ._numbers import LANES, cleared, multiply, tile_rows
+from ._stored import CHUNK, PACKED, chunks_of, column, first_of, group_of, stored_lane
 from ._tiles import divisor, lanes, power
 
-CHUNK = LANES  # columns that meet in the matrix unit at once, where they share scales
-FEW = 64  # rows: beyond, columns that share a scale are multiplied in passes
-LONGEST = 512  # columns of such a pass
-PIECE = (128, 256)  # rows and features multiplied at once where there are more: 32 of 64 registers hold the sum
+FEW = 64  # rows: beyond, the weight is unpacked once for pieces of them
+LONGEST = 512  # columns of a run
+HEIGHT = 128  # rows of a piece
 EPILOGUE_ROWS = 32  # at a time
+UNPACKED = 64  # features at a time
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of one grid step, and the bytes of VMEM that the cost model expects."""
+    """Sizes of one grid step, and the bytes of VMEM that the cost model expects.
+
+    Args:
+        m, n, k: rows, features and columns of a block.
+        height, width: rows and features that are multiplied at once, so that registers hold what is live.
+        run: columns, as stored, that they are multiplied by.
+        stacks: whether x, cleared for each group of a chunk, is one tall factor.
+        unpacked: features that are made into what is multiplied at a time, before they are; 0 where all in one go.
+    """
 
     m: int
     n: int
     k: int
+    height: int
+    width: int
+    run: int
+    stacks: bool
+    unpacked: int
     vmem: int
     vmem_limit: int
 
@@ -75,14 +85,14 @@ def product(
         x: [M K], columns in the order of the stored weight, in kind.dot or int8 or e4m3.
         values: [N K] or, packed, [N K / 2]; float16 as uint16.
         scales: float32 [N groups]; [N 1] where a scale serves a row; None for a dense weight.
-        zeros: float32 [N groups], the zero point less what the kernel takes from each value itself (8 of int4).
+        zeros: [N groups], of int4 uint8, else float32.
         x_scales: float32 [M groups], of x rounded in groups.
         row_scale: float32 [M], what a row of the sum is multiplied by: 1 / rms, or the scale of a rounded row.
     """
     rows, features = x.shape[0], values.shape[0] // kind.parts
     m, n, k = blocks.m, blocks.n, blocks.k
     padded_rows, steps = -(-rows // m) * m, -(-kind.columns // k)
-    packed = kind.weight in ("int4", "mxfp4")
+    packed = kind.weight in PACKED
     x = jnp.pad(x, ((0, padded_rows - rows), (0, steps * k - x.shape[1])))
     if packed:
         x = x.reshape(padded_rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(x.shape)
@@ -112,13 +122,18 @@ def product(
         operands.append(bias.astype(jnp.float32).reshape(kind.parts, features))
         specs.append(pl.BlockSpec((kind.parts, n), lambda i, j, s: (0, j)))
     there = [given is not None for given in (scales, zeros, x_scales, row_scale, bias)]
+    stored = -(-kind.columns // 2) if packed else kind.columns
+    direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
+    scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
+    if blocks.unpacked and not direct:
+        scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
-        functools.partial(_kernel, kind, there, -(-kind.columns // 2) if packed else kind.columns),
+        functools.partial(_kernel, kind, blocks, there, stored),
         grid=(padded_rows // m, -(-features // n), steps),
         in_specs=specs,
         out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
         out_shape=jax.ShapeDtypeStruct((padded_rows, features), out_dtype),
-        scratch_shapes=[pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind)), pltpu.VMEM((n, _run(kind, m, k)), kind.dot)],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
@@ -132,41 +147,55 @@ def _sum_dtype(kind):
     return jnp.int32 if kind.dot == jnp.int8 and not kind.group else jnp.float32
 
 
-def _kernel(kind, there, stored, x, w, *refs):
+def _kernel(kind, blocks, there, stored, x, w, *refs):
     """One block.  x [BM BK], w [parts BN BK], scales [1 groups parts BN], zeros [1 parts BN groups] ..."""
     held = list(refs)
     scales, zeros, x_scales, row_scale, bias = (held.pop(0) if given else None for given in there)
-    y, acc, unpacked = held
+    y, acc, *unpacked = held
+    kept = [unpacked[0].at[i] for i in range(unpacked[0].shape[0])] if unpacked else []
     step, steps = pl.program_id(2), pl.num_programs(2)
+    rows, features, width, run = x.shape[0], w.shape[1], w.shape[2], blocks.run
 
     @pl.when(step == 0)
     def _():
         acc[...] = jnp.zeros_like(acc)
 
-    def multiply_run(at):
-        """The run of stored columns that begins at `at`, of each part; many rows in pieces."""
+    def multiply_run(at, part):
+        """The run of stored columns that begins at `at`; the weight of many rows is unpacked before."""
+
+        def chunks(own):
+            offsets = None if zeros is None else zeros.at[0, part, own]
+            return chunks_of(kind, w.at[part, own], offsets, at, run, step, stored)
+
+        def unpack(_, own):
+            for i, chunk in enumerate(chunks(own)):
+                kept[i][own] = chunk
+
+        def multiply_piece(down, own, which=None):
+            if together:
+                unpack(down, own)
+            theirs = None if scales is None else scales.at[:, :, :, own]
+            groups = None if x_scales is None else x_scales.at[down]
+            for i, chunk in enumerate((held[own] for held in kept) if kept else chunks(own)):
+                if which in (None, i):
+                    first = first_of(kind, at, i)
+                    columns = x[down, pl.ds(first, chunk.shape[1])]
+                    _add(kind, blocks, part, first, columns, chunk, theirs, groups, acc.at[:, down, own], step)
+
+        together = kept and rows == blocks.height and blocks.unpacked == blocks.width
+        if kept and not together:
+            _for_pieces(1, features, 1, blocks.unpacked, unpack)
+        for which in range(len(kept)) if kept and 0 < kind.group < CHUNK else [None]:
+            _for_pieces(rows, features, blocks.height, blocks.width, functools.partial(multiply_piece, which=which))
+
+    def multiply_runs(at):
         for part in range(kind.parts):
-            offsets = None if zeros is None else zeros.at[0, part]
-            for first, chunk in _chunks(kind, w.at[part], offsets, at, run, step, stored):
-                columns = pl.ds(first, chunk.shape[1])
-                if x.shape[0] <= FEW:
-                    _add(kind, part, first, x[:, columns], chunk, scales, x_scales, acc, step)
-                    continue
-                unpacked[...] = chunk
+            multiply_run(at, part)
 
-                def piece(rows, features, part=part, first=first, columns=columns):
-                    total = acc.at[:, rows, features]
-                    own = None if scales is None else scales.at[:, :, :, features]
-                    groups = None if x_scales is None else x_scales.at[rows]
-                    _add(kind, part, first, x[rows, columns], unpacked[features], own, groups, total, step)
-
-                _for_pieces(x.shape[0], w.shape[1], piece)
-
-    run = _run(kind, *x.shape)
-    if run == w.shape[2]:
-        multiply_run(0)
+    if run == width:
+        multiply_runs(0)
     else:  # a loop keeps one run's registers apart from the next one's
-        pl.loop(0, w.shape[2] // run)(lambda i: multiply_run(pl.multiple_of(i * run, run)))
+        pl.loop(0, width // run)(lambda i: multiply_runs(pl.multiple_of(i * run, run)))
 
     height = min(x.shape[0], EPILOGUE_ROWS)
 
@@ -186,113 +215,38 @@ def _kernel(kind, there, stored, x, w, *refs):
             y[rows] = activated(z, kind.activation).astype(y.dtype)
 
 
-def _for_pieces(rows, features, do):
+def _for_pieces(rows, features, height, width, do):
     """do(rows, features) for pieces of a block, in a loop: so the registers of one are apart from those of the next."""
-    height, width = divisor(rows, PIECE[0], EPILOGUE_ROWS), min(features, PIECE[1])
     across = features // width
+    if rows == height and across == 1:
+        do(pl.ds(0, rows), pl.ds(0, features))
+        return
 
     @pl.loop(0, rows // height * across)
     def _(i):
-        down = lax.div(i, across)
         own = pl.ds(pl.multiple_of(lax.rem(i, across) * width, width), width)
-        do(pl.ds(pl.multiple_of(down * height, height), height), own)
+        do(pl.ds(pl.multiple_of(lax.div(i, across) * height, height), height), own)
 
 
-def _run(kind, rows, columns):
-    """Columns of w, as stored, that one pass multiplies."""
-    if kind.group or kind.weight in ("int4", "mxfp4"):
-        return CHUNK
-    return columns if rows <= FEW else min(columns, LONGEST)
-
-
-def _chunks(kind, w, zeros, at, run, step, stored):
-    """(first column, [BN columns] as multiplied) of what meets in the matrix unit of one run."""
-    if kind.weight not in ("int4", "mxfp4"):
-        chunk = _less(kind, w[:, pl.ds(at, run)], zeros, at)
-        yield at, _inside(chunk, at, step, w.shape[1], stored)
-    else:
-        words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)  # four rows of bytes in each
-        low, high = words & 0x0F0F0F0F, lax.shift_right_logical(words, 4) & 0x0F0F0F0F
-        left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
-        pair = (
-            jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
-            jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
-        )
-        for half, nibbles in enumerate(pair):
-            if kind.weight == "int4":  # less 8 in every byte; the bit above keeps it from borrowing
-                nibbles = ((nibbles | _bytes(0x80)) - _bytes(0x08)) ^ _bytes(0x80)
-            chunk = pltpu.bitcast(nibbles, jnp.int8)
-            first = 2 * at + half * CHUNK
-            yield first, _e2m1(chunk, kind.dot) if kind.weight == "mxfp4" else _less(kind, chunk, zeros, first)
-
-
-def _bytes(byte):
-    """The byte in each quarter of an int32."""
-    return jnp.int32(int.from_bytes(bytes([byte] * 4), "little", signed=True))
-
-
-def _e2m1(codes, dtype):
-    """Twice the number of each code, which is whole: 0 1 2 3 4 6 8 12 rises in straight lines, so it is a maximum."""
-    code = codes.astype(jnp.float32)
-    size = jnp.where(code >= 8, code - 8, code)
-    twice = jnp.maximum(size, jnp.maximum(2 * size - 4, 4 * size - 16))
-    return jnp.where(code >= 8, -twice, twice).astype(dtype)
-
-
-def _inside(chunk, at, step, width, stored):
-    """`chunk` with zeros in columns past the last; integers there are finite, and x is zero."""
-    if stored % width == 0 or jnp.issubdtype(chunk.dtype, jnp.integer):
-        return chunk
-    column = step * width + at + lax.broadcasted_iota(jnp.int32, chunk.shape, 1)
-    return cleared(chunk, column < stored)
-
-
-def _less(kind, chunk, zeros, at):
-    """A chunk of stored numbers, from column `at` on, less the zero points of its groups; as multiplied."""
-    if zeros is None:
-        return converted(chunk, kind.dot)
-    if not kind.group:
-        return (chunk.astype(jnp.float32) - zeros[...]).astype(kind.dot)
-    group, shift = _group(kind, at), kind.group.bit_length() - 1
-    lane, taken = _stored_lane(kind, chunk.shape), _column(zeros, group)
-    for i in range(1, CHUNK // kind.group):
-        taken = jnp.where(lane >> shift == i, _column(zeros, group + i), taken)
-    return (chunk.astype(jnp.float32) - taken).astype(kind.dot)
-
-
-def _group(kind, at):
-    """Of a traced number, // asks which TPU this is; an export has none."""
-    return at // kind.group if isinstance(at, int) else lax.div(at, kind.group)
-
-
-def _stored_lane(kind, shape):
-    """Which of 128 columns each lane holds: of a packed weight the even ones are on the left, odd ones on the right."""
-    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-    return (lane & (CHUNK // 2 - 1)) * 2 if kind.weight in ("int4", "mxfp4") else lane
-
-
-def _add(kind, part, at, x, chunk, scales, x_scales, acc, step):
+def _add(kind, blocks, part, at, x, chunk, scales, x_scales, acc, step):
     """Columns at .. at + 128 of one part (all of a block, where a scale serves a row) into the sum."""
     if not kind.group:
         acc[part] += multiply(x, chunk, transposed=True)
         return
-    within, group = max(1, CHUNK // kind.group), _group(kind, at)  # groups of a chunk, the first
-    lane = _stored_lane(kind, x.shape)
+    within, group = max(1, CHUNK // kind.group), group_of(kind, at)  # groups of a chunk, the first
+    lane = stored_lane(kind, x.shape)
     masked = [x] if within == 1 else [cleared(x, lane >> kind.group.bit_length() - 1 == i) for i in range(within)]
-    sums = multiply(jnp.concatenate(masked, 0), chunk, transposed=True).astype(jnp.float32)
+    if blocks.stacks:
+        sums = multiply(jnp.concatenate(masked, 0), chunk, transposed=True).reshape(within, *acc.shape[1:])
+    else:
+        sums = [multiply(one, chunk, transposed=True) for one in masked]
     total = None
     for i in range(within):
-        one = sums[i * x.shape[0] : (i + 1) * x.shape[0]] * scales[0, group + i, part][None, :]
+        one = sums[i].astype(jnp.float32) * scales[0, group + i, part][None, :]
         if x_scales is not None:
-            one *= _column(x_scales, step * scales.shape[1] + group + i)
+            one *= column(x_scales[...], step * scales.shape[1] + group + i)
         total = one if total is None else total + one
     acc[part] += total
-
-
-def _column(ref, index):
-    """[rows 1]: one column of a ref, by a sum over lanes, since which one is not known before."""
-    lane = lax.broadcasted_iota(jnp.int32, ref.shape, 1)
-    return jnp.sum(jnp.where(lane == index, ref[...], 0.0), axis=1, keepdims=True)
 
 
 def activated(z, activation):
@@ -320,25 +274,36 @@ ACTIVATIONS = {
 }
 
 
-def choose(chip, *, rows, features, columns, kind, packed):
+def choose(chip, *, rows, features, columns, kind, zeros):
     """Sizes of a step.  Few rows: the weight is read once and copies bound the time, so its blocks are large and few.
     Many rows: as many as fit, since the weight is read, and unpacked, once for each BM of them."""
-    size = jnp.dtype(kind.dot).itemsize
+    size, packed = jnp.dtype(kind.dot).itemsize, kind.weight in PACKED
     unit = tile_rows(kind.dot)
     most = 512 if size < 4 else 256
     m = min(-(-rows // unit) * unit, most)
     m = -(-m // EPILOGUE_ROWS) * EPILOGUE_ROWS if m > EPILOGUE_ROWS else m
     least = 2 * CHUNK if packed else CHUNK
     stacked = 0 < kind.group < CHUNK  # copies of x, and sums, for each group of a chunk
-    n = min(power(max(features, LANES)), (128 if stacked or kind.weight == "mxfp4" else 512) // kind.parts)
+    n = min(power(max(features, LANES)), (128 if stacked else 512) // kind.parts)
     n = max(n, LANES)
     stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
     k = min(power(max(columns, least)), 2048)
 
+    tight = chip.registers < 64
+
+    def run(k):
+        if kind.group or packed:
+            return CHUNK
+        return k if m <= FEW and not tight else min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
+
     def vmem(k):
-        weights = 2 * kind.parts * n * k * stored + kind.parts * n * (CHUNK if kind.group else k) * size
+        weights = 2 * kind.parts * n * k * stored + n * run(k) * (2 if packed else 1) * size
         return int(weights + 2 * m * k * size + m * n * (4 * kind.parts + 2 * size))
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
         k //= 2
-    return Blocks(m, n, k, vmem(k), chip.vmem_limit)
+    height = m if m <= FEW else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
+    live = chip.features[zeros]  # beyond few rows, of a piece's sum
+    width = max(LANES, min(n, live if m <= FEW else 4 * chip.registers))
+    unpacked = UNPACKED if m > FEW else width if tight and packed else 0
+    return Blocks(m, n, k, height, width, run(k), not tight, unpacked, vmem(k), chip.vmem_limit)

@@ -65,7 +65,7 @@ def refuse_long(strip, *rows):
         yield "SHAPE", reason, "leave it to plain XLA, or cut the rows"
 
 
-def over_rows(body, given, results, *, name, strip, shared=()):
+def over_rows(body, given, results, *, name, strip, shared=(), scratch=()):
     """Arrays [rows *tail], one for each of `results`: body(rows of a strip, *refs of given, shared and results).
 
     Args:
@@ -73,6 +73,7 @@ def over_rows(body, given, results, *, name, strip, shared=()):
         results: (tail, dtype) of each.
         strip: rows that the body works on at once: whole tiles of every dtype.
         shared: arrays that every row sees whole.
+        scratch: of a strip, after the results.
     """
     pairs = [x if isinstance(x, tuple) else (x, None) for x in given]
     rows = pairs[0][0].shape[0]
@@ -101,6 +102,7 @@ def over_rows(body, given, results, *, name, strip, shared=()):
         in_specs=[*(block(tail(*pair), pair[1]) for pair in pairs), *whole],
         out_specs=[block(t) for t, _ in results],
         out_shape=[jax.ShapeDtypeStruct((padded, *t), dtype) for t, dtype in results],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=current().vmem_limit),
         name=name,
         interpret=interpreter() if emulated() else False,
@@ -118,10 +120,13 @@ def chunk_of(strip):
     return NUMBERS // strip
 
 
-def each(width, chunk, do, state=None):
-    """do(columns, state) for every `chunk` columns of `width`, and for those left over, from left to right."""
+def each(width, chunk, do, state=None, costly=False):
+    """do(columns, state) for every `chunk` columns of `width`, and for those left over, from left to right.
+
+    costly: it takes more registers than an ordinary one.
+    """
     count = width // chunk
-    unrolled = min(count, UNROLLED)
+    unrolled = min(count, 1 if costly and current().registers < 64 else UNROLLED)
 
     def several(i, state):
         for j in range(unrolled):
@@ -137,18 +142,21 @@ def each(width, chunk, do, state=None):
     return do(pl.ds(count * chunk, width % chunk), state) if width % chunk else state
 
 
-def over_columns(rows, width, chunk, of, join, reduce):
+def over_columns(rows, width, chunk, of, join, reduce, costly=False):
     """[rows 1]: of(columns) [rows columns], at least 0, of all columns joined, then reduced over the lanes."""
 
     def add(columns, state):
-        lanes, rest = state
-        value = of(columns)
-        if columns.size == chunk:
-            return join(lanes, value), rest
-        return lanes, join(rest, reduce(value, axis=1, keepdims=True))
+        return join(state, of(columns))
 
-    lanes, rest = each(width, chunk, add, (jnp.zeros((rows, chunk), jnp.float32), jnp.zeros((rows, 1), jnp.float32)))
-    return rest if width < chunk else join(reduce(lanes, axis=1, keepdims=True), rest)
+    whole = width // chunk * chunk
+    found = None
+    if whole:
+        lanes = each(whole, chunk, add, jnp.zeros((rows, chunk), jnp.float32), costly)
+        found = reduce(lanes, axis=1, keepdims=True)
+    if width % chunk:
+        rest = reduce(of(pl.ds(whole, width % chunk)), axis=1, keepdims=True)
+        found = rest if found is None else join(found, rest)
+    return found
 
 
 def wide(ref, rows, columns):

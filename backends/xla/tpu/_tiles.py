@@ -17,9 +17,8 @@ from ._numbers import LANES, SUBLANES, tile_rows
 FIELDS = 10  # numbers of one tile in `scalars`
 MOST_UNROLLED = 16  # rows
 # From libtpu's schedules (docs/tpu.md): with more keys a block each costs fewer bundles, until registers spill.
-SCORES = 24 * 1024  # of an unrolled update: 24 of the 64 registers
+SCORES = 384  # of an unrolled update, for each register of the chip: 3 of 8 registers
 PREFILL_KEYS = 256
-NARROW_KEYS = 128  # of an update whose scores or keys take more registers than they fill
 ROWS = 128  # of an update in a loop
 
 
@@ -31,7 +30,7 @@ class Tiles:
         tokens: of a tile, at most.
         rows: of one KV head in a tile: tokens * group, rounded up to whole vector registers.
         pages: copied and multiplied at once.
-        heads_at_once, rows_at_once: of one update, whose scores should stay in registers.
+        heads_at_once, rows_at_once, keys_at_once: of one update, whose scores and keys should stay in registers.
         unrolled: whether the updates of a block stand one after the other in the program, or in a loop.
         vmem: bytes that the kernel takes, as the cost model sees it.
         vmem_limit: bytes that the compiler may take.
@@ -42,6 +41,7 @@ class Tiles:
     pages: int
     heads_at_once: int
     rows_at_once: int
+    keys_at_once: int
     unrolled: bool
     vmem: int
     vmem_limit: int
@@ -147,15 +147,19 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
     bytes_to_float32 = jnp.dtype(stored).itemsize == 1 and not chip.int8
     narrow = costly or needs_float32(dtype, stored) or bytes_to_float32
     unrolled = rows <= MOST_UNROLLED and not narrow
-    wanted = NARROW_KEYS if narrow else chip.decode_keys if unrolled else PREFILL_KEYS
+    wanted = LANES if narrow else chip.decode_keys if unrolled else PREFILL_KEYS
     if unrolled and jnp.dtype(stored).itemsize == 1:
         wanted //= 2
     pages = max(1, min(wanted // page_size, chip.pages, chip.vmem_limit // 2 // (4 * page_bytes)))
     height = rows if unrolled else divisor(rows, max(unit, ROWS // 8 if narrow else ROWS), unit)
-    at_once = divisor(kv_heads, max(1, SCORES // (rows * pages * page_size)), 1) if unrolled else 1
+    at_once = divisor(kv_heads, max(1, SCORES * chip.registers // (rows * pages * page_size)), 1) if unrolled else 1
+    keys = pages * page_size
+    fewer = narrow and keys > chip.narrow_keys and page_size % chip.narrow_keys == 0
     row_bytes = (2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize
     vmem = 2 * pages * page_bytes + kv_heads * rows * row_bytes
-    return Tiles(size, rows, pages, at_once, height, unrolled, vmem, chip.vmem_limit)
+    return Tiles(
+        size, rows, pages, at_once, height, chip.narrow_keys if fewer else keys, unrolled, vmem, chip.vmem_limit
+    )
 
 
 def needs_float32(dtype, stored):

@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 
 from .. import emulated
+from ..write_kv import quantized
 from ._attention import attend
 from ._chips import current, interpreter, refuse_order, too_large
-from ._numbers import SUBLANES, carried, multiplied_as
+from ._numbers import SUBLANES, carried, multiplied_as, restored
 from ._tiles import FIELDS, choose, count_tiles
 
 MOST_WORDS = 4  # of a tree mask: each is a select for every score
@@ -39,20 +40,24 @@ def takes(
 
 def run(
     q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *, scale, causal, window, soft_cap, sinks, alibi_slopes,
-    k_scale, v_scale, tree_mask, return_lse, max_seqlen_q, max_seqlen_k,
+    k_scale, v_scale, tree_mask, return_lse, max_seqlen_q, max_seqlen_k, new=None,
 ):  # fmt: skip
+    """out, or (out, lse); with `new`, (k, v) [tokens kv_heads dim], one a sequence, the caches that have them, too."""
     # No copy where the cache lies as [pages kv_heads page_size dim], which is how this backend allocates it.
     k_pages, v_pages = (carried(jnp.swapaxes(cache, 1, 2)) for cache in (k_cache, v_cache))
     costly = bool(soft_cap) or alibi_slopes is not None or tree_mask is not None
     tiles = sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, costly, current())
-    out, lse = attend(
+    if new is not None:
+        as_held = zip(new, (k_scale, v_scale), (k_cache, v_cache), strict=True)
+        new = [carried(quantized(rows, scale, dtype=str(cache.dtype))) for rows, scale, cache in as_held]
+    out, lse, *pages = attend(
         q.astype(multiplied_as(q.dtype)), k_pages, v_pages, block_table, seq_lens, cu_seqlens_q,
         scale=q.shape[2] ** -0.5 if scale is None else scale, causal=causal, window=window, soft_cap=soft_cap,
         sinks=sinks, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, tree_mask=tree_mask,
-        return_lse=return_lse, tiles=tiles, interpret=interpreter() if emulated() else False,
+        return_lse=return_lse, new=new, tiles=tiles, interpret=interpreter() if emulated() else False,
     )  # fmt: skip
-    out = out.astype(q.dtype)
-    return (out, lse) if return_lse else out
+    answers = [out.astype(q.dtype), *[lse] * return_lse, *(jnp.swapaxes(restored(x, k_cache), 1, 2) for x in pages)]
+    return tuple(answers) if len(answers) > 1 else answers[0]
 
 
 def sizes(q, k_cache, v_cache, seq_lens, max_seqlen_q, costly, chip):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from .._rounding import LARGEST, LOWEST, SMALLEST
 from ._numbers import LANES, carried
@@ -16,6 +17,8 @@ from ._rows import pays as large
 
 __all__ = ["pays", "plan", "run", "takes"]
 
+SMALL = 127 - 6  # exponent of the smallest normal e4m3, as a float32 has it
+WHOLE = 1.5 * 2**23
 INFINITE = 0x7F800000  # bits of an infinity; those of a NaN are more
 GROUPS = (16, 32, 64, *range(LANES, 4 * LANES + 1, LANES))  # columns that share a scale
 
@@ -40,10 +43,11 @@ def run(x, *, dtype, group, scale):
     strip = strip_of(x.dtype, jnp.int8)
     chunk = max(group, LANES) if group else chunk_of(strip)
     fixed = [] if scale is None else [scale.astype(jnp.float32).reshape(1, 1)]
+    costly = dtype != "int8" or x.dtype == jnp.float16
     code = _int8 if dtype == "int8" else _e4m3
 
     def body(at, x, *refs):
-        *given, values, scales = refs
+        *given, values, scales, inverses = refs
 
         def size(columns):
             """|x|, infinite where x is NaN; by bits, since no order of NaN is promised: [strip columns]."""
@@ -51,63 +55,66 @@ def run(x, *, dtype, group, scale):
             return lax.bitcast_convert_type(jnp.minimum(bits, INFINITE), jnp.float32)
 
         def scale_of(top):
-            """(scale, its reciprocal, whether all is finite) for the largest sizes [strip 1]."""
+            """(scale, its reciprocal, zero where not all is finite) for the largest sizes [strip 1]."""
             if given:
                 found = jnp.broadcast_to(given[0][...], top.shape)
             else:
                 found = top / LARGEST[dtype]
                 found = jnp.where(found < SMALLEST, 1.0, found)
             finite = top < jnp.inf
-            return jnp.where(finite, found, jnp.nan), 1.0 / found, finite
+            return jnp.where(finite, found, jnp.nan), jnp.where(finite, 1.0 / found, 0.0)
 
-        def store(columns, ratio, finite):
-            ratio = jnp.clip(ratio, LOWEST[dtype], LARGEST[dtype])
-            values[at, columns] = code(jnp.where(finite, ratio, 0.0)).astype(jnp.int8)
+        def store(columns, inverse):
+            ratio = wide(x, at, columns) * inverse
+            ratio = jnp.where(ratio == ratio, ratio, 0.0)  # what is not finite, times zero
+            values[at, columns] = code(ratio).astype(jnp.int8)
 
         if not group:
-            scale, inverse, finite = scale_of(over_columns(strip, hidden, chunk, size, jnp.maximum, jnp.max))
-            each(hidden, chunk, lambda c, _: store(c, wide(x, at, c) * inverse, finite))
-            scales[at, :] = scale
+            scales[at, :], inverses[...] = scale_of(over_columns(strip, hidden, chunk, size, jnp.maximum, jnp.max))
+            each(hidden, chunk, lambda columns, _: store(columns, inverses[...]), costly=costly)
             return
 
         lane = lax.broadcasted_iota(jnp.int32, (strip, groups), 1)
 
-        def store_groups(columns, all_scales):
+        def store_groups(columns, _):
             sizes, first = size(columns), lax.div(columns.start, jnp.int32(group))
             column = lax.broadcasted_iota(jnp.int32, sizes.shape, 1)
             inverse: Any = None
-            finite: Any = None
             for i in range(-(-columns.size // group)):
                 own = (column >= i * group) & (column < (i + 1) * group)
-                scale, one, whole = scale_of(jnp.max(jnp.where(own, sizes, 0.0), axis=1, keepdims=True))
-                all_scales = jnp.where(lane == first + i, scale, all_scales)
+                scale, one = scale_of(jnp.max(jnp.where(own, sizes, 0.0), axis=1, keepdims=True))
+                scales[at, :] = jnp.where(lane == first + i, scale, scales[at, :])
                 inverse = one if inverse is None else jnp.where(own, one, inverse)
-                whole = whole.astype(jnp.float32)
-                finite = whole if finite is None else jnp.where(own, whole, finite)
-            store(columns, wide(x, at, columns) * inverse, finite > 0)
-            return all_scales
+            store(columns, inverse)
 
-        scales[at, :] = each(hidden, chunk, store_groups, jnp.zeros((strip, groups), jnp.float32))
+        each(hidden, chunk, store_groups, costly=costly)
 
     values, scales = over_rows(
         body, [carried(x.reshape(-1, hidden))], [((hidden,), jnp.int8), ((groups,), jnp.float32)],
         name="quantize_activation", strip=strip, shared=fixed,
+        scratch=[pltpu.VMEM((strip, 1), jnp.float32)],
     )  # fmt: skip
     values = lax.bitcast_convert_type(values, jnp.dtype(dtype))
     return values.reshape(x.shape), scales.reshape(*x.shape[:-1], groups)
 
 
 def _int8(ratio):
-    return jnp.round(ratio).astype(jnp.int32)
+    return _rounded(jnp.clip(ratio, LOWEST["int8"], LARGEST["int8"]))
 
 
 def _e4m3(ratio):
-    """The code of each saturated float32, ties to even: steps of 2 ** -9 below 2 ** -6, above 3 bits of fraction."""
-    bits = lax.bitcast_convert_type(ratio, jnp.int32)
-    size = bits & 0x7FFFFFFF
-    small = jnp.round(jnp.abs(ratio) * 512.0).astype(jnp.int32)
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    return jnp.where(size < (121 << 23), small, normal) | ((bits >> 24) & 0x80)
+    """The code of each float32, saturated, ties to even: 8 steps to a power of two, below 2 ** -6 all alike."""
+    size = jnp.minimum(jnp.abs(ratio), LARGEST["float8_e4m3fn"])
+    exponent = jnp.maximum(lax.bitcast_convert_type(size, jnp.int32) >> 23, SMALL)
+    per_unit = lax.bitcast_convert_type((2 * 127 + 3 - exponent) << 23, jnp.float32)
+    code = ((exponent - SMALL) << 3) + _rounded(size * per_unit)
+    return code | ((lax.bitcast_convert_type(ratio, jnp.int32) >> 24) & 0x80)
+
+
+def _rounded(x):
+    """The nearest int32, ties to even, of float32 within 2 ** 22 of zero: the sum with WHOLE has no fraction left."""
+    whole = lax.bitcast_convert_type(jnp.float32(WHOLE), jnp.int32)
+    return lax.bitcast_convert_type(x + WHOLE, jnp.int32) - whole
 
 
 def plan(x, *, group=0, **options):

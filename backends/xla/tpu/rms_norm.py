@@ -28,7 +28,7 @@ def run(x, weight, *, residual, eps):
     hidden, kept = x.shape[-1], residual is not None
     out = multiplied_as(x.dtype)
     strip = strip_of(x.dtype, out)
-    chunk = chunk_of(strip)
+    chunk, costly = chunk_of(strip), x.dtype == jnp.float16
 
     def body(at, *refs):
         x, *residuals, gain, y = refs[: 3 + kept]
@@ -37,7 +37,7 @@ def run(x, weight, *, residual, eps):
             s = wide(x, at, columns)
             return s + wide(residuals[0], at, columns) if kept else s
 
-        total = over_columns(strip, hidden, chunk, lambda columns: value(columns) ** 2, jnp.add, jnp.sum)
+        total = over_columns(strip, hidden, chunk, lambda columns: value(columns) ** 2, jnp.add, jnp.sum, costly)
         factor = lax.rsqrt(total * (1 / hidden) + eps)
 
         def store(columns, _):
@@ -46,7 +46,7 @@ def run(x, weight, *, residual, eps):
             if kept:
                 refs[-1][at, columns] = s.astype(y.dtype)
 
-        each(hidden, chunk, store)
+        each(hidden, chunk, store, costly=costly)
 
     rows = [carried(array.reshape(-1, hidden)) for array in (x, residual) if array is not None]
     gain = weight.astype(jnp.float32).reshape(1, hidden)

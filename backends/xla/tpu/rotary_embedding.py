@@ -8,11 +8,16 @@ x turned by `half` lanes stands beside x, and tables of cos and sin have a colum
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ._chips import current
 from ._numbers import LANES, SUBLANES, carried, converted, multiplied_as
 from ._rows import choose, over_rows, refuse_long
 from ._rows import pays as large
+from ._tiles import power
+
+LIVE = 3  # x, x turned, the answer
 
 __all__ = ["pays", "plan", "run", "takes"]
 
@@ -41,13 +46,20 @@ def run(q, k, cos, sin, positions, *, interleaved):
         return jnp.where(first, pltpu.roll(x, width - step, 1), pltpu.roll(x, step, 1))
 
     def body(at, q, k, cos, sin, *results):
-        c, s = cos[at, :], sin[at, :]
-        for i in range(SUBLANES):
+        def turn(token):
+            own = pl.ds(token, 1)
             for x, y in zip((q, k), results, strict=True):
-                value = converted(x[at.start + i], jnp.float32)  # [heads width]
+                value = converted(x[token], jnp.float32)  # [heads width]
                 lane = lax.broadcasted_iota(jnp.int32, value.shape, 1)
-                new = value * c[i : i + 1] + turned(value, lane) * s[i : i + 1]
-                y[at.start + i] = jnp.where(lane < 2 * half, new, value).astype(y.dtype)
+                new = value * cos[own, :] + turned(value, lane) * sin[own, :]
+                y[token] = jnp.where(lane < 2 * half, new, value).astype(y.dtype)
+
+        together = at_once(sum(x.shape[1] * x.shape[2] for x in (q, k)))
+
+        @pl.loop(0, SUBLANES // together)
+        def _(i):
+            for j in range(together):
+                turn(at.start + i * together + j)
 
     rows = [jnp.take(table.astype(jnp.float32), positions, axis=0, mode="clip") for table in (cos, sin)]
     tables = [spread(t, width, interleaved, sign) for t, sign in zip(rows, (1, -1), strict=True)]
@@ -56,6 +68,11 @@ def run(q, k, cos, sin, positions, *, interleaved):
         body, [*heads, *tables], [((x.shape[1], width), out) for x in heads], name="rotary_embedding", strip=SUBLANES
     )
     return tuple(y[..., :dim].astype(q.dtype) for y in results)
+
+
+def at_once(numbers):
+    """Tokens of so many float32 numbers whose schedules may overlap: each takes registers for LIVE times its own."""
+    return power(max(1, min(SUBLANES, current().registers * SUBLANES * LANES // (LIVE * numbers))) + 1) // 2
 
 
 def spread(table, width, interleaved, sign):

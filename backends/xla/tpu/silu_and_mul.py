@@ -31,7 +31,7 @@ def run(x):
             g = wide(gate, at, columns)
             y[at, columns] = (g / (1.0 + jnp.exp(-g)) * wide(value, at, columns)).astype(y.dtype)
 
-        each(width, chunk_of(strip), store)
+        each(width, chunk_of(strip), store, costly=x.dtype == jnp.float16)
 
     rows = carried(x.reshape(-1, 2 * width))
     halves = [(rows, 0), (rows, 1)] if width % LANES == 0 else [rows[:, :width], rows[:, width:]]

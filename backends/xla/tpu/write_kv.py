@@ -3,8 +3,8 @@
     slots, sorted by XLA     [ 5  6  7 | 37 | 64 65 ]       runs: tokens whose slots lie in one tile of a page
     tile in HBM  --copy-->  VMEM: a row of 32-bit words for 1, 2 or 4 slots, those of the run put in  --copy-->  HBM
 
-A slot is less than what a copy can move: rows of bfloat16 lie in pairs, bytes in fours.  DEPTH tiles are on their way
-at once.  Runs lie in tiles of their own, so none waits for another.  Numbers are bits here: nothing is rounded or lost.
+DEPTH tiles (_slots.py) are on their way at once.  Runs lie in tiles of their own, so none waits for another.  Numbers
+are bits here: nothing is rounded or lost.
 """
 
 import functools
@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from .. import emulated
 from ..write_kv import quantized
 from ._chips import current, interpreter, refuse_order, too_large
-from ._numbers import SUBLANES, carried, tile_rows
+from ._numbers import SUBLANES, carried, restored
+from ._slots import height_of, put, words_of
 from ._tiles import lanes
 
 DEPTH = 8  # tiles on their way: half of them read, half written
@@ -54,11 +55,7 @@ def run(k, v, k_cache, v_cache, slots, *, k_scale, v_scale):
     ]
     held = [carried(jnp.swapaxes(cache, 1, 2)) for cache in caches]  # no copy where it lies so
     written = write(new, held, slots)
-    back = [
-        lax.bitcast_convert_type(pages, cache.dtype) if cache.dtype == jnp.float16 else pages
-        for pages, cache in zip(written, caches, strict=True)
-    ]
-    back = [jnp.swapaxes(pages, 1, 2) for pages in back]
+    back = [jnp.swapaxes(restored(*pair), 1, 2) for pair in zip(written, caches, strict=True)]
     return back[0] if len(back) == 1 else tuple(back)
 
 
@@ -71,7 +68,7 @@ def write(new, pages, slots):
         slots: int32 or int64 [tokens]; what lies outside of the caches is skipped.
     """
     count, _, page_size, _ = pages[0].shape
-    height, tokens = tile(pages[0]), slots.shape[0]
+    height, tokens = height_of(pages[0]), slots.shape[0]
     far = jnp.iinfo(slots.dtype).max
     slots = jnp.where((slots >= 0) & (slots < count * page_size), slots, far)
     order = jnp.argsort(slots)
@@ -83,7 +80,7 @@ def write(new, pages, slots):
     start = jnp.where(jnp.arange(tokens + 1) < runs, start, there.sum().astype(jnp.int32))
     of_run = slots[jnp.minimum(start[:-1], tokens - 1)] // height
     scalars = [runs[None], start, jnp.where(jnp.arange(tokens) < runs, of_run, 0), jnp.where(there, slots % height, 0)]
-    rows = [_words(x)[order] for x in new]
+    rows = [words_of(x)[order] for x in new]
     given = len(scalars) + len(rows)
     return pl.pallas_call(
         functools.partial(_kernel, height, page_size),
@@ -153,7 +150,7 @@ def _kernel(height, page_size, runs, start, tiles, offsets, *refs):
         @pl.loop(start[run], start[run + 1])
         def _(token):
             for _, _, tile, row in each:
-                _put(tile, buffer, row, token - start[run], offsets[token])
+                put(tile.at[buffer], row.at[buffer, token - start[run]], offsets[token])
 
         store(run, begin)
 
@@ -170,46 +167,17 @@ def _kernel(height, page_size, runs, start, tiles, offsets, *refs):
         store(run, end)
 
 
-def _put(tile, buffer, rows, token, offset):
-    """The token's row, for every head, into its slot of the tile in VMEM."""
-    _, heads, height, dim = tile.shape
-    packed = 4 // tile.dtype.itemsize  # slots of a row of words
-    word = lax.broadcasted_iota(jnp.int32, (height // packed, dim), 0)
-    here = word == lax.div(offset, packed)
-    shift = lax.rem(offset, packed) * (32 // packed)
-    own = -1 if packed == 1 else (1 << 32 // packed) - 1  # bits of one slot
-    kept = jnp.bitwise_not(lax.shift_left(jnp.int32(own), shift))
-    for head in range(heads):
-        words = pltpu.bitcast(tile[buffer, head], jnp.int32)
-        new = lax.shift_left(jnp.broadcast_to(rows[buffer, token, pl.ds(head, 1)], words.shape), shift)
-        words = jnp.where(here, (words & kept) | new, words)
-        tile[buffer, head] = pltpu.bitcast(words, tile.dtype)
-
-
-def _words(x):
-    """The bits of each number in an int32, zeros above."""
-    if x.dtype.itemsize == 4:
-        return lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint8).astype(jnp.int32)
-
-
-def tile(pages):
-    """Slots that are read and written together: whole registers of words, or a page that has fewer."""
-    rows, page_size = tile_rows(pages.dtype), pages.shape[2]
-    return rows if page_size % rows == 0 else page_size
-
-
 def vmem(k, k_cache, v_cache):
     """Bytes of the tiles and rows on their way."""
     total = 0
     for cache in (k_cache, v_cache):
         if cache is not None:
-            height = tile(jax.ShapeDtypeStruct((1, 1, cache.shape[1], 1), cache.dtype))
+            height = height_of(jax.ShapeDtypeStruct((1, 1, cache.shape[1], 1), cache.dtype))
             total += DEPTH * height * cache.shape[2] * lanes(cache.shape[3]) * (jnp.dtype(cache.dtype).itemsize + 4)
     return total
 
 
 def plan(k, v, k_cache, v_cache, slots, **options):
     """What the cost model chose, in words, for `explain`."""
-    height = tile(jax.ShapeDtypeStruct((1, 1, k_cache.shape[1], 1), k_cache.dtype))
+    height = height_of(jax.ShapeDtypeStruct((1, 1, k_cache.shape[1], 1), k_cache.dtype))
     return f"{DEPTH} tiles of {height} slots on their way, {vmem(k, k_cache, v_cache) >> 10} KiB of VMEM"

@@ -1,0 +1,107 @@
+"""Weights as they are stored, made into what the matrix unit multiplies: chunks of [features 128 columns] in VMEM.
+
+int4: a byte holds two neighbouring columns, so 128 bytes are two chunks of 128 columns.  Nibbles are parted in 32-bit
+words that hold 8 of them, then halves of the lanes change places, and a chunk reads [64 even columns | 64 odd ones];
+XLA puts the columns of x into the same order.  Zero points are taken off before the product: q - z is exact.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ._numbers import LANES, cleared, converted
+
+CHUNK = LANES  # columns that meet in the matrix unit at once, where they share scales
+PACKED = ("int4", "mxfp4")
+
+
+def first_of(kind, at, i):
+    """The first column of chunk i of the run of stored columns that begins at `at`."""
+    return 2 * at + i * CHUNK if kind.weight in PACKED else at
+
+
+def chunks_of(kind, w, zeros, at, run, step, stored):
+    """[features columns] as multiplied: what meets in the matrix unit of one run."""
+    if kind.weight not in PACKED:
+        yield _inside(_less(kind, w[:, pl.ds(at, run)], zeros, at), at, step, w.shape[1], stored)
+        return
+    words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)  # four rows of bytes in each
+    low, high = words & _bytes(0x0F), lax.shift_right_logical(words, 4) & _bytes(0x0F)
+    left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
+    pair = (
+        jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
+        jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
+    )
+    for i, nibbles in enumerate(pair):
+        whole = _e2m1(nibbles) if kind.weight == "mxfp4" else _centred(kind, nibbles, zeros, first_of(kind, at, i))
+        yield converted(pltpu.bitcast(whole, jnp.int8), kind.dot)
+
+
+def _bytes(byte):
+    """The byte in each quarter of an int32."""
+    return jnp.int32(int.from_bytes(bytes([byte] * 4), "little", signed=True))
+
+
+def _centred(kind, nibbles, zeros, at):
+    """In each byte a nibble less its zero point z: 128 - z more carries into no other byte, and flips the sign bit."""
+    taken = _bytes(0x08) if zeros is None else _of_groups(kind, pltpu.bitcast(zeros[...], jnp.int32), at)
+    return (nibbles + (_bytes(0x80) - taken)) ^ _bytes(0x80)
+
+
+def _e2m1(codes):
+    """In each byte twice the number of a code, which is whole: 0 1 2 3 4 6 8 12, with the sign that bit 3 says.
+
+    2 s - 4 for sizes s of 4 and 5 is s + (s & 3); 6 and 7 want that too, and 7 two more.
+    """
+    size, fours = codes & _bytes(0x07), codes & _bytes(0x04)
+    seven = (size & lax.shift_right_logical(size, 1) & lax.shift_right_logical(size, 2)) & _bytes(0x01)
+    twice = size + (size & (fours - lax.shift_right_logical(fours, 2))) + (seven << 1)
+    sign = codes & _bytes(0x08)
+    negative = (sign << 1) - lax.shift_right_logical(sign, 3)  # 15 where it is
+    return ((twice | _bytes(0x80)) - ((twice & negative) << 1)) ^ _bytes(0x80)
+
+
+def _inside(chunk, at, step, width, stored):
+    """`chunk` with zeros in columns past the last; integers there are finite, and x is zero."""
+    if stored % width == 0 or jnp.issubdtype(chunk.dtype, jnp.integer):
+        return chunk
+    column = step * width + at + lax.broadcasted_iota(jnp.int32, chunk.shape, 1)
+    return cleared(chunk, column < stored)
+
+
+def _less(kind, chunk, zeros, at):
+    """A chunk of stored numbers, from column `at` on, less the zero points of its groups; as multiplied."""
+    if zeros is None:
+        return converted(chunk, kind.dot)
+    taken = _of_groups(kind, zeros[...], at)
+    return (chunk.astype(jnp.float32) - taken).astype(kind.dot)
+
+
+def _of_groups(kind, numbers, at):
+    """Numbers [rows groups] of each row's groups as [rows CHUNK], or [rows 1] of one: for columns from `at` on."""
+    if not kind.group:
+        return numbers
+    group, shift, within = group_of(kind, at), kind.group.bit_length() - 1, CHUNK // kind.group
+    taken = column(numbers, group)
+    lane = stored_lane(kind, (numbers.shape[0], CHUNK)) >> shift
+    for i in range(1, within):
+        taken = jnp.where(lane == i, column(numbers, group + i), taken)
+    return taken
+
+
+def group_of(kind, at):
+    """Of a traced number, // asks which TPU this is; an export has none."""
+    return at // kind.group if isinstance(at, int) else lax.div(at, kind.group)
+
+
+def stored_lane(kind, shape):
+    """Which of 128 columns each lane holds: of a packed weight the even ones are on the left, odd ones on the right."""
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (lane & (CHUNK // 2 - 1)) * 2 if kind.weight in ("int4", "mxfp4") else lane
+
+
+def column(numbers, index):
+    """[rows 1]: one column, by a sum over lanes, since which one is not known before."""
+    lane = lax.broadcasted_iota(jnp.int32, numbers.shape, 1)
+    return jnp.sum(jnp.where(lane == index, numbers, jnp.zeros_like(numbers)), axis=1, keepdims=True)
