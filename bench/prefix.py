@@ -68,7 +68,8 @@ def main() -> None:
         report = measure(options.model, options.rounds or rounds, options.turns or turns)
         if options.model is None:
             report["memory"] = memory(count)
-    command = shlex.join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *sys.argv[1:]])
+    told = [Path(word).name if word == str(options.model) else word for word in sys.argv[1:]]  # no path of this machine
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *told])
     report = {"device": device, "command": command, "versions": status.versions(), "threads": options.threads} | report
     for name in ("chat", "shared_prompt"):
         total = report[name]["total"]
