@@ -112,7 +112,8 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "EDGE": edge, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
         block = 32 if wide <= 128 and not chip.rdna else 16
-        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": 8, "num_stages": 1}
+        warps = 4 if chip.amd and wide > 256 else 8  # a lane of 8 has 256 registers there
+        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
     if chip.rdna:
         return {
             "BLOCK_M": power(rows, 16, 32 if wide <= 128 else 16),
@@ -130,7 +131,7 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
         block_n = 128 if light and 2 * programs > chip.processors else 64
         if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
             block_n = 32
-        stages = 3 if cached > 1 else 5
+        stages = 3 if cached > 1 else 5 if chip.hopper else 4
         if keys <= 1024:  # few passes: smaller ones begin sooner
             block_n, stages = min(block_n, 64), 2
         warps = 2 if light and block_n == 64 else 4  # who shares a pass waits for the others
