@@ -137,7 +137,8 @@ def _fake(op: Op, many: bool) -> Callable:
         if rebuild:
             args, options = rebuild(args, options)
         call = op.contract.bind(*args, **options)
-        if any(isinstance(call[name].storage_offset(), torch.SymInt) for name in written):
+        views = [call[name] for name in written if call[name] is not None]
+        if any(isinstance(view.storage_offset(), torch.SymInt) for view in views):
             _lower_offsets()
         results = [
             torch.empty(shape, dtype=getattr(torch, dtype), device=args[0].device)
