@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where the picture goes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="the directory of a checkpoint; default: the shipped one")
+    parser.add_argument("--dtype", default="auto", help="of the model; default: what its checkpoint was saved in")
     parser.add_argument("--turns", type=int, help=f"of the chat, and requests with one prompt; default: {TURNS}")
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
     options = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
         options.plot = options.plot or (None if options.model else place.with_name(f"{name}.png"))
     rounds, turns, count = (1, 4, 16) if options.quick else (ROUNDS, TURNS, REQUESTS)
     with llmkernels.use(policy="silent"):
-        report = measure(options.model, options.rounds or rounds, options.turns or turns)
+        report = measure(options.model, options.dtype, options.rounds or rounds, options.turns or turns)
         if options.model is None:
             report["memory"] = memory(count)
     told = [Path(word).name if word == str(options.model) else word for word in sys.argv[1:]]  # no path of this machine
@@ -75,7 +76,8 @@ def main() -> None:
         total = report[name]["total"]
         print(
             f"{name}: {total['cached_share']:.1%} of {total['prompt_tokens']} tokens cached; time to first token "
-            f"{total['off_ms']:.1f} -> {total['on_ms']:.1f} ms, {total['time_saved']:.1%} less"
+            f"{total['off_ms']:.1f} -> {total['on_ms']:.1f} ms, {total['time_saved']:.1%} less; "
+            f"{report[name]['different_answers']} answers differ"
         )
     if kept := report.get("memory"):
         print(
@@ -88,8 +90,9 @@ def main() -> None:
         draw(report, options.plot)
 
 
-def measure(path: Path | None, rounds: int, turns: int) -> dict[str, Any]:
-    on, off = (LLM(path, tokenizer=path is None, device="cpu", prefix_reuse=kept) for kept in (True, False))
+def measure(path: Path | None, dtype: str, rounds: int, turns: int) -> dict[str, Any]:
+    asked: dict[str, Any] = {"tokenizer": path is None, "dtype": dtype, "device": "cpu"}
+    on, off = (LLM(path, **asked, prefix_reuse=kept) for kept in (True, False))
     words = read_tokenizer(shipped_model(), True)
 
     def sent(text: str) -> Prompt:
@@ -106,7 +109,7 @@ def measure(path: Path | None, rounds: int, turns: int) -> dict[str, Any]:
     return {
         "model": path.name if path else shipped_model().name,
         "rounds": rounds,
-        "dtype": off.config.dtype,
+        "dtype": off.config.dtype if dtype == "auto" else dtype,
         "chat": reuse(on, off, chat, ANSWER, rounds),
         "shared_prompt": reuse(on, off, shared, 8, rounds),
     }

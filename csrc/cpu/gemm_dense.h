@@ -8,7 +8,7 @@
 
 namespace llmkernels::LLMKERNELS_ISA {
 
-constexpr int kFewChannels = 4;  // multiplied at once: four streams of memory are faster than one
+constexpr int kFewChannels = 4;  // multiplied at once: they share each load of x
 constexpr int kFewRowsAtOnce = kRegisters == 32 ? 4 : 2;
 
 // What a vector of the weight meets: as many columns as float32 has lanes, or pairs of bfloat16.
@@ -109,6 +109,7 @@ void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& 
     dots_most<kFewRowsAtOnce>(weight, x.at(0, first), x.line, call.columns, rows, ahead, totals + channel);
   }
 }
+
 template <class T, class Input>
 void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* totals) {
   const int passes = ceil_div(rows, kFewRowsAtOnce);  // over each row of the weight

@@ -54,7 +54,7 @@ def serve(
     ngram: NGram = 0,
     guess_depth: GuessDepth = 4,
     guess_width: GuessWidth = 1,
-    compile: Annotated[bool, typer.Option(help="Run the model through torch.compile.")] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile the model; first answers wait for it.")] = False,
     until_eof: Annotated[bool, typer.Option(hidden=True, help="End when the standard input does.")] = False,
     access_log: Annotated[bool, typer.Option(help="A line for each request.")] = True,
 ) -> None:

@@ -45,7 +45,7 @@ class LLM:
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
         speculation: guess tokens ahead, by a draft model, by n-grams, or both; the texts stay the same.
         graphs: record decode steps and replay them: the same results with less work between the kernels.
-        compile: run the model through torch.compile, once, at the first step.
+        compile: run the model through torch.compile; the first step of each kind waits for it, seconds to a minute.
 
     Raises:
         CheckpointError (a ValueError): the checkpoint cannot be used.  ValueError: an argument is wrong.
