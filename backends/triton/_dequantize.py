@@ -51,7 +51,7 @@ def _dequantize(
         low, high = nibbles(codes, 0, False, KIND, tl.float32), nibbles(codes >> 4, 0, False, KIND, tl.float32)
         number = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K))
     else:
-        number = bytes_(codes, 0, False, KIND, tl.float32)
+        number = bytes_(codes, 0, False, KIND, tl.float32, True)
     inside = there & (column < columns)[None, :]
     if GROUP:
         SPAN: tl.constexpr = GROUP if GROUP < BLOCK_K else BLOCK_K

@@ -55,7 +55,9 @@ def tiles_few(block_m, features, columns, kind, dot, group, chip):
     else:
         block_n = 16 if kind == "dense" and not deep and features < 64 * chip.processors else 32
         slices, warps, stages = 4, 4, 2
-    wanted = 2 * chip.processors if short or (deep and not large) else chip.processors // (2 if large else 1)
+    # Memory is kept busy by what all programs have asked for: two a processor where shared memory holds few passes.
+    twice = short or chip.amd or (deep and not large)
+    wanted = 2 * chip.processors if twice else chip.processors // (2 if large else 1)
     return {
         "BLOCK_N": block_n, "WIDE": wide, "SLICES": slices,
         "SPLIT": _split(blocks(features, block_n), wanted, columns, slices * wide),
