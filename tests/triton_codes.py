@@ -6,7 +6,6 @@ The interpreter keeps bfloat16 as its bits, which is all that these functions mo
 import torch
 import triton
 import triton.language as tl
-
 from llmkernels.backends.triton._bytes import E4M3_BITS, E5M2_BITS, INT8_BITS, decoded
 from llmkernels.backends.triton._codes import bytes_, nibbles
 

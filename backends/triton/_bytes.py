@@ -34,11 +34,7 @@ def decoded(x, dtype: tl.constexpr, KIND: tl.constexpr):
         value = tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
     else:
         value = x
-    if KIND >= INT8_BITS:
-        found = exactly(value.to(tl.float32), dtype)
-    else:
-        found = value.to(dtype)
-    return found
+    return exactly(value.to(tl.float32), dtype) if KIND >= INT8_BITS else value.to(dtype)
 
 
 @triton.jit

@@ -111,6 +111,8 @@ def _many(rows, features, dot, group, chip):
     eight_bits = dot.itemsize == 1
     if chip.shared < LARGE_SHARED:
         return 64 if chip.rdna and group else 128, 128, 128 if eight_bits else 64, 8, 8, 2
+    if group and dot == torch.int8:  # a scale for each feature, and the next: registers
+        return 64, 128, 128, 8, 8, 4
     if blocks(rows, 128) * blocks(features, 256) < chip.processors:
         if group:  # a second set of sums takes registers
             return 128, 128, 128 if eight_bits else 64, 8, 8, 4

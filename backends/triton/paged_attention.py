@@ -117,10 +117,14 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
     # AMD: Triton gives each wave whole rows of the first product, so those beyond one for 16 rows would multiply, and
     # unpack, the same keys again.  They are as many as registers ask for.
     if chip.rdna:
-        small = wide > 128 or chip.arch.startswith("gfx11")
-        waves = (4 if window or wide > 128 else 2) if small else 1
-        block_m = power(rows, 16, 32 if wide <= 128 else 16)
-        return {"BLOCK_M": block_m, "BLOCK_N": 16 if small else 32, "num_warps": waves * block_m // 16, "num_stages": 1}
+        if wide > 128:
+            block_m, block_n, waves = 16, 16, 4
+        elif chip.arch.startswith("gfx11"):
+            block_m, block_n, waves = (16, 16, 4 if window else 2) if rows <= 16 else (64, 16, 2)
+        else:
+            block_m, waves = power(rows, 16, 128), 1
+            block_n = 16 if block_m == 32 else 32  # two waves stage more keys each than eight, beside masks
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": waves * block_m // 16, "num_stages": 1}
     if rows <= 64 or wide > 256:  # decode: bytes in flight matter
         block_m = power(rows, 16, 64 if wide <= 256 or chip.amd else 16)
         if chip.amd:
