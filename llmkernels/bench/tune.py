@@ -44,6 +44,7 @@ class Choice:
     best_seconds: float
     tried: int
     refused: int  # candidates that did not compile or answered wrongly
+    candidates: list[tuple[Tiles, float | str]]  # each that was tried, with its seconds or why it has none
 
     @property
     def gained(self) -> bool:
@@ -137,6 +138,7 @@ def _search(
             if not isinstance(t := took(candidate), str) and t < best_seconds * (1 - MARGIN):
                 best, best_seconds, moved = candidate, t, True
     tried, refused = len(times), sum(isinstance(t, str) for t in times.values())
+    candidates = [(json.loads(name), seconds) for name, seconds in times.items()]
     if best != heuristic:
         rounds = []
         for _ in range(REPEATS):  # in turn, so that a clock that drifts favours neither
@@ -148,7 +150,7 @@ def _search(
         own_seconds, best_seconds = (statistics.median(column) for column in zip(*whole, strict=True))
         if best_seconds > own_seconds * (1 - MARGIN):
             best, best_seconds = heuristic, own_seconds
-    return Choice(key, *about, heuristic, best, own_seconds, best_seconds, tried, refused)
+    return Choice(key, *about, heuristic, best, own_seconds, best_seconds, tried, refused, candidates)
 
 
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:

@@ -27,6 +27,7 @@ def tune(
         typer.Option(exists=True, dir_okay=False, help="Tune for the calls that llmkernels.ledger.record wrote."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small calls only.")] = False,
+    case: Annotated[str, typer.Option(help="Only calls whose name contains this.")] = "",
     minutes: Annotated[float | None, typer.Option(min=0, help="Begin with no further kind of call after that.")] = None,
     most: Annotated[int, typer.Option(min=2, help="Candidates for a kernel and kind of call, at most.")] = 40,
     merge: Annotated[
@@ -44,7 +45,7 @@ def tune(
     """Try other tiles than a backend's own for the calls of the benchmarks, and keep those that are faster.
 
     A table holds what was faster by more than 3 percent, under the device's name and Triton's version; another device
-    never reads it.  LLMKERNELS_TUNED=FILE pins one.
+    never reads it.  LLMKERNELS_TUNED=FILE pins one.  --json tells the time of every candidate.
     """
     from contextlib import nullcontext
 
@@ -74,7 +75,8 @@ def tune(
                 def seen(text: str) -> None:
                     bar.update(task, description=text[:100])
 
-                calls = recorded(replay, device, op, dtype) if replay else subjects(device, op, dtype, quick, seen)
+                calls = subjects(device, op, dtype, quick, seen, case)
+                calls = (one for one in recorded(replay, device, op, dtype) if case in one.case) if replay else calls
                 calls = takewhile(lambda _: time.monotonic() < end, calls)
                 for choice in search.tune(backend, calls, seen, most=most):
                     found.append(choice)
