@@ -61,11 +61,15 @@ def refuse_gradients(op: str, call: Mapping[str, Any]) -> None:
         raise ValueError(f"{op}: {names[0]} requires a gradient; kernels only infer: use torch.no_grad()")
 
 
-def refuse_read_only(op: str, written: Mapping[str, Any]) -> None:
-    """ValueError where a call writes what NumPy says is read-only.  torch would write, and crash in a mapped file."""
+def refuse_unwritable(op: str, written: Mapping[str, Any]) -> None:
+    """ValueError where a call writes in place what is read-only to NumPy (torch would crash in a mapped file), or
+    one element for several."""
     for name, array in written.items():
-        if not array.flags.writeable:
+        if _is_numpy(array) and not array.flags.writeable:
             raise ValueError(f"{op}: {name} is read-only, and the call writes it; pass a copy")
+        strides = array.strides if _is_numpy(array) else array.stride()
+        if any(size > 1 and not stride for size, stride in zip(array.shape, strides, strict=True)):
+            raise ValueError(f"{op}: {name} is expanded, one element for several, and the call writes it; pass a copy")
 
 
 def _is_numpy(value: Any) -> bool:

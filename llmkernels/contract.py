@@ -4,6 +4,7 @@ A contract is one decorated function; llmkernels/ops/rms_norm.py shows the whole
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -138,6 +139,8 @@ def _unlike(value: Any, option: inspect.Parameter) -> str | None:
         return None if like else f"a tuple of {len(default)}, like {default}"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         return "a number that fits in 64 bits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
     return None if isinstance(value, Real) else "True or False" if isinstance(default, bool) else "a Python number"
 
 

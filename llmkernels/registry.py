@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from llmkernels import dispatch, ledger
-from llmkernels.arrays import family, is_array, refuse_gradients, refuse_read_only, through_torch, to_torch
+from llmkernels.arrays import family, is_array, refuse_gradients, refuse_unwritable, through_torch, to_torch
 from llmkernels.contract import Case, Contract
 from llmkernels.discovery import (
     FORGET,
@@ -195,8 +195,8 @@ class Op:
         self.contract.validate(call)
         if owner == "torch":
             refuse_gradients(self.name, call)
-        if owner == "numpy":
-            refuse_read_only(self.name, {name: call[name] for name in self.contract.written(call)})
+        if owner in ("torch", "numpy"):
+            refuse_unwritable(self.name, {name: call[name] for name in self.contract.written(call)})
         if check := self.checks(call, current()):
             check({name: to_torch(value) for name, value in call.items()})
         return owner

@@ -1,5 +1,7 @@
 """The mistakes of people who connect an engine: each gives one paragraph that says what is wrong and what to change."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -165,9 +167,37 @@ def test_a_read_only_cache_of_numpy():
         llmkernels.write_kv(**call, backend="reference")
 
 
-def test_a_number_beyond_64_bits():
-    with pytest.raises(ValueError, match=r"rms_norm: eps is 1180591620717411303424, .* fits in 64 bits"):
-        llmkernels.rms_norm(torch.ones(4, 8), torch.ones(8), eps=2**70)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_expanded_cache(compiled):
+    call = write(k_cache=lambda cache: cache[:1].expand_as(cache))
+    step = torch.compile(llmkernels.write_kv, fullgraph=True) if compiled else llmkernels.write_kv
+    with pytest.raises(
+        Exception, match="write_kv: k_cache is expanded, one element for several, and the call writes it"
+    ):
+        step(**call)
+
+
+@pytest.mark.parametrize(
+    ("eps", "remedy"),
+    [
+        (2**70, "a number that fits in 64 bits"),
+        (math.nan, "a finite number"),
+        (math.inf, "a finite number"),
+        (-1e-6, "a number above 0"),
+        (0, "a number above 0"),
+    ],
+)
+def test_numbers_that_no_kernel_could_use(eps, remedy):
+    with pytest.raises(ValueError, match=f"rms_norm: eps is {eps}.* give {remedy}"):
+        llmkernels.rms_norm(torch.ones(4, 8), torch.ones(8), eps=eps)
+
+
+def test_a_whole_number_where_a_float_is_usual():
+    """jax takes Python integers for int32."""
+    x, weight = torch.ones(4, 8), torch.ones(8)
+    for backend in ("reference", "cpu", "vendor", "xla"):
+        y = llmkernels.rms_norm(x, weight, eps=2**40, backend=backend)
+        torch.testing.assert_close(y, torch.full_like(y, 2.0**-20))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "vendor", "xla"])
