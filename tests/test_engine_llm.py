@@ -1,6 +1,7 @@
 """LLM as its user sees it: seeds, streams, limits, and what is said when something is wrong."""
 
 import json
+import math
 import struct
 
 import pytest
@@ -213,7 +214,18 @@ NORM = "model.norm.weight"
         ({"architectures": ["GPT2LMHeadModel"]}, "is GPT2LMHeadModel, which is not supported; .*Llama.*Mistral.*Qwen3"),
         ({"architectures": ["X"], "auto_map": {"AutoModelForCausalLM": "evil.X"}}, "is X, which is not supported"),
         ({"architectures": None}, "model_type 'llama' without architectures"),
+        ({"architectures": True}, "architectures is True; it must be a list of names"),
         ({"hidden_size": -1}, "hidden_size is -1; it must be a positive integer"),
+        ({"num_hidden_layers": 2**31 - 1}, "a positive integer, at most 10000"),
+        ({"vocab_size": 2**31}, "a positive integer, at most 2147483647"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a positive number"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'; it must be true or false"),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 0.5},
+            "sliding_window is 0.5; .* or null for none",
+        ),
+        ({"rope_parameters": ["linear", 2]}, "it must be an object"),
+        ({"rope_parameters": {"rope_theta": math.nan}}, "default needs rope_theta, a positive number; it is nan"),
         ({"num_hidden_layers": "six"}, "num_hidden_layers is 'six'"),
         ({"hidden_size": 128}, "shape .* config.json asks for"),
         ({"num_hidden_layers": 7}, "has no tensor model.layers.6"),
@@ -236,6 +248,16 @@ def test_a_config_that_cannot_be(tmp_path, changes, words):
     with pytest.raises(CheckpointError, match=words) as caught:
         LLM(replaced(tmp_path, "config.json", config(**changes)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_context_that_the_cache_cannot_hold(tmp_path):
+    """Tables of angles for 2^31 positions would not fit into memory either; positions beyond the cache need none."""
+    llm = LLM(
+        replaced(tmp_path, "config.json", config(max_position_embeddings=2**31 - 1)), kv_cache_pages=8, page_size=16
+    )
+    plain = LLM(kv_cache_pages=8, page_size=16)
+    greedy = SamplingParams(max_tokens=4, temperature=0)
+    assert llm.generate([1, 2, 3], greedy)[0].tokens == plain.generate([1, 2, 3], greedy)[0].tokens
 
 
 @pytest.mark.parametrize(
