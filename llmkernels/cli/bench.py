@@ -57,6 +57,8 @@ def bench(
 
     if backend:
         discovery.check_name(backend, "--backend")
+        if discovery.emulating(backend):
+            raise ValueError(f"{backend} is emulated in this environment; how long that takes says nothing of a device")
     check_device(device)
     if op:
         registry.get(op)  # a wrong name is told before anything is measured
