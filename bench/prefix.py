@@ -5,8 +5,8 @@
     python bench/prefix.py --model PATH             another checkpoint: --json <device>-prefix-<its name>.json
 
 Reuse: a chat of 20 turns, each of which sends all that was said before, as text; and requests that share a system
-prompt of some 230 tokens, or of some 1 500.  One request at a time, all of them with the engine's reuse on and then with
-it off; the time to the first token is the median of the rounds, and each round begins with nothing in the cache.
+prompt of some 230 tokens, or of some 1 500.  One request at a time, all of them with the engine's reuse on and then
+with it off; the time to the first token is the median of the rounds, and each round begins with nothing in the cache.
 Whether both answer the same is counted beforehand.  To another model the shipped tokenizer's ids are sent: random
 weights write no text.
 
