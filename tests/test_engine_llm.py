@@ -132,22 +132,6 @@ def test_pieces_are_whole_characters(llm, text):
         assert start + "".join(pieces) == text
 
 
-def test_bytes_that_are_no_text_cost_no_more_with_each(llm):
-    """A logit_bias can ask for nothing else, and all who share the steps would wait for them to be decoded again."""
-    decoded = []
-
-    class Counting:
-        def decode(self, tokens):
-            decoded.append(len(tokens))
-            return llm.tokenizer.decode(tokens)
-
-    (byte,) = {id for id in range(256) if llm.tokenizer.id_to_token(id) == "¡"}
-    tokens = [byte] * 600 + llm.encode(" a")
-    detokenizer = Detokenizer(Counting(), llm.encode("b"))
-    assert "".join(map(detokenizer.push, tokens)) == llm.tokenizer.decode(tokens)
-    assert sum(decoded) < 30 * len(tokens)
-
-
 def test_stop_tokens_and_limits(llm):
     free = llm.generate(PROMPTS[0], sampled())[0]
     assert (free.finish_reason, len(free.tokens)) == ("length", 20)

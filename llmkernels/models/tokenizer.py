@@ -33,6 +33,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: list[int]):
         self._tokenizer = tokenizer
+        self._shown = ""
         self._keep(prompt)
 
     def push(self, token: int) -> str:
