@@ -6,7 +6,8 @@ A core issues one bundle of instructions a cycle, so bundles bound the time from
 
 Decode: bundles of the loop over keys, copies included, for one page of keys and values of all KV heads (512 KiB, which
 every kernel copies once), in a block that no mask cuts.  "alone": without what starts copies and counts blocks.
-Products: bundles of a whole call, loops counted as often as they run and every branch taken.
+Products: bundles of all programs of a call, loops counted as often as they run and every branch taken; of branches that
+exclude each other, as in tpu-inference's kernel, the mean.
 matrix, loads: used slots of the matrix unit and of loads, of those that the bundles have.
 """
 
@@ -115,7 +116,7 @@ def measured(names):
         program, *about = DECODE[who](*sizes(what), target) if decode else PRODUCTS[who](*sizes(what))
         with mock.patch("jax.devices", return_value=devices):  # peers ask it what they compile for
             kernels, others = tpu.schedules("xla", target, program if who == OURS else made)
-        row |= of_step(max(kernels, key=len_of), *about) if decode else of_call(kernels or others)
+        row |= of_step(max(kernels, key=len_of), *about) if decode else of_call(kernels + others)
     except Exception as error:  # whatever a compiler raises is why the kernel was not compiled
         row["why"] = tpu.raised(error)
     return row
@@ -155,7 +156,7 @@ def of_step(schedule, pages, heads=KV_HEADS, copies_outside=False):
 
 def of_call(schedules):
     """Bundles of all programs of a call."""
-    runs = [(one, one.runs()) for one in schedules]
+    runs = [(one, alternated(one)) for one in schedules]
     total = sum(sum(times) for _, times in runs)
 
     def share(unit):
@@ -163,7 +164,17 @@ def of_call(schedules):
         return round(used / sum(one.capacity[unit] * sum(times) for one, times in runs), 3)
 
     spills = sum(one.spills for one in schedules)
-    return {"bundles": total, "alone": None, "spills": spills, "matrix": share("MXU"), "loads": share("VLOAD")}
+    return {"bundles": round(total), "alone": None, "spills": spills, "matrix": share("MXU"), "loads": share("VLOAD")}
+
+
+def alternated(schedule):
+    """How often each bundle runs, where of several products one runs in each turn."""
+    times, matrix = schedule.runs(), schedule.slots["MXU"]
+    branches = [one for one in schedule.inside(range(schedule.bundles)) if any(matrix[i] for i in one)]
+    arms = [one for one in branches if not any(other != one and other[0] in one for other in branches)]
+    for i in (i for one in arms for i in one):
+        times[i] /= len(arms)
+    return times
 
 
 def shaped(function, *shapes):

@@ -142,6 +142,9 @@ LLMKERNELS_INLINE Floats tanh(Floats x) {
   return less(magnitude, broadcast(0.625f), small, less(x, zeros(), -large, large));
 }
 
-LLMKERNELS_INLINE Floats silu(Floats x) { return x / (exp(-x) + broadcast(1.0f)); }
+// -0 below -88, where exp(-x) is bounded and a quotient of -1e30 by it would not vanish; NaN of -inf.
+LLMKERNELS_INLINE Floats silu(Floats x) {
+  return less(x, broadcast(-88.0f), x * zeros(), x / (exp(-x) + broadcast(1.0f)));
+}
 
 }  // namespace llmkernels::LLMKERNELS_ISA

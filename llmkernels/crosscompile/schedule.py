@@ -33,6 +33,7 @@ class Schedule:
         vmem: bytes of VMEM that are the kernel's own: buffers, scratch, windows of its blocks.
         skips: (bundle, bundle): where a branch leads forward past a part of the program.
         turns: (bundles of a loop, how often it runs), outer loops first; 0 where the program does not say.
+        stages: of those loops, the ones that run a grid: what a branch leads past is left out in two of their turns.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Schedule:
     vmem: int
     skips: list[tuple[int, int]]
     turns: list[tuple[range, int]]
+    stages: list[range]
 
     @property
     def bundles(self) -> int:
@@ -60,9 +62,14 @@ class Schedule:
         """How often each bundle runs, every branch taken; a loop of unknown length counts once."""
         times = [1] * self.bundles
         for loop, turns in self.turns:
+            staged = {i for part in self.inside(loop) for i in part} if loop in self.stages else ()
             for i in loop:
-                times[i] *= max(1, turns)
+                times[i] *= max(1, turns - 2 * (i in staged))
         return times
+
+    def inside(self, part: range) -> list[range]:
+        """The parts of the program, within this one, that a branch leads past."""
+        return [range(*skip) for skip in self.skips if skip[0] in part and skip[1] - 1 in part]
 
     def loops(self, depth: int) -> Iterator[range]:
         """The runs of bundles that stand in `depth` loops or more."""
@@ -96,6 +103,7 @@ def _schedule(name: str, file: Path) -> Schedule:
     _, units, capacity = head.strip().splitlines()
     names = [unit.strip() for unit in units.split(",")]
     numbers = [[int(n) for n in line.split()] for line in body.strip().splitlines() if line.strip()]
+    turns = _turns(rows, begins)
     return Schedule(
         name,
         [len(row[1]) for row in rows],
@@ -103,7 +111,8 @@ def _schedule(name: str, file: Path) -> Schedule:
         dict(zip(names, map(int, capacity.split()), strict=True)),
         sum(int(size, 16) for size in _VMEM.findall(_stage(file.parent, stem, name, "original"))),
         [(i, to) for i, to in branches if to > i],
-        _turns(rows, begins),
+        turns,
+        [loop for loop, times in turns if _is_stages(rows, loop, times)],
     )
 
 
@@ -117,6 +126,14 @@ def _turns(rows: list[re.Match], begins: Mapping[str, int]) -> list[tuple[range,
             if begin < i:
                 found.append((range(begin, i), int(compared.get(predicate, 0))))
     return sorted(found, key=lambda loop: (loop[0].start, -loop[0].stop))
+
+
+def _is_stages(rows: list[re.Match], loop: range, turns: int) -> bool:
+    """Whether a loop copies in, computes and copies out by turns, for turns - 2 steps: it asks whether 1 <= turn < turns - 1."""
+    words = " ".join(rows[i][2] for i in loop)
+    asked = (rf"scmp\.{sign}\.s32\.totalorder (%\w+), {n}\b" for sign, n in (("ge", 1), ("lt", turns - 1)))
+    first, last = (set(re.findall(pattern, words)) for pattern in asked)
+    return bool(first & last)
 
 
 def _stage(folder: Path, stem: str, name: str, stage: str) -> str:

@@ -91,6 +91,7 @@ def kind_of(scheme, dtype, columns, activation, chip):
         activation=activation,
         parts=2 if activation in GATED else 1,
         columns=columns,
+        apart=scheme is not None and bool(scheme.activation),
     )
 
 

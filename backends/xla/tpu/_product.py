@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ._numbers import LANES, cleared, multiply, tile_rows
-from ._stored import CHUNK, PACKED, chunks_of, column, first_of, group_of, stored_lane
+from ._stored import CHUNK, PACKED, chunks_of, column, factors_of, first_of, group_of, in_stored_order, stored_lane
 from ._tiles import divisor, lanes, power
 
 FEW = 64  # rows: beyond, the weight is unpacked once for pieces of them
@@ -41,6 +41,7 @@ class Blocks:
         run: columns, as stored, that they are multiplied by.
         stacks: whether x, cleared for each group of a chunk, is one tall factor.
         unpacked: features that are made into what is multiplied at a time, before they are; 0 where all in one go.
+        whole: whether a block is made into what is multiplied, with the scales of its groups, before any of it is.
     """
 
     m: int
@@ -51,6 +52,7 @@ class Blocks:
     run: int
     stacks: bool
     unpacked: int
+    whole: bool
     vmem: int
     vmem_limit: int
 
@@ -65,6 +67,7 @@ class Kind:
         group: columns that share a scale; 0: all columns of a row.
         parts: 2 of a gated weight, the gate and what it gates.
         columns: of the dense weight.
+        apart: whether groups are summed apart, since x has scales of its own or is integers.
     """
 
     weight: str
@@ -73,6 +76,7 @@ class Kind:
     activation: str
     parts: int
     columns: int
+    apart: bool
 
 
 def product(
@@ -94,7 +98,9 @@ def product(
     padded_rows, steps = -(-rows // m) * m, -(-kind.columns // k)
     packed = kind.weight in PACKED
     x = jnp.pad(x, ((0, padded_rows - rows), (0, steps * k - x.shape[1])))
-    if packed:
+    if packed and blocks.whole:
+        x = in_stored_order(x, interpret)
+    elif packed:
         x = x.reshape(padded_rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(x.shape)
     operands = [x, values.reshape(kind.parts, features, -1)]
     specs = [
@@ -103,14 +109,22 @@ def product(
     ]
     per_step = k // kind.group if kind.group else 1
     groups = per_step * steps if kind.group else 1
-    if scales is not None:  # [steps groups parts features]: a group is a row over the lanes
+
+    def beside_rows(numbers):
+        """[features groups] -> [steps parts features groups of a step]: as the rows of the weight."""
+        numbers = jnp.pad(numbers, ((0, 0), (0, groups - numbers.shape[1]))).reshape(kind.parts, features, -1, per_step)
+        wide = lanes(per_step) if blocks.whole and kind.group else per_step
+        operands.append(jnp.pad(jnp.moveaxis(numbers, 2, 0), ((0, 0), (0, 0), (0, 0), (0, wide - per_step))))
+        specs.append(pl.BlockSpec((1, kind.parts, n, wide), lambda i, j, s: (s if kind.group else 0, 0, j, 0)))
+
+    if scales is not None and blocks.whole and kind.group:
+        beside_rows(scales)
+    elif scales is not None:  # [steps groups parts features]: a group is a row over the lanes
         scales = jnp.pad(scales.T, ((0, groups - scales.shape[1]), (0, 0)))
         operands.append(scales.reshape(-1, per_step, kind.parts, features))
         specs.append(pl.BlockSpec((1, per_step, kind.parts, n), lambda i, j, s: (s if kind.group else 0, 0, 0, j)))
-    if zeros is not None:  # [steps parts features groups]: as the rows of the weight
-        zeros = jnp.pad(zeros, ((0, 0), (0, groups - zeros.shape[1]))).reshape(kind.parts, features, -1, per_step)
-        operands.append(jnp.moveaxis(zeros, 2, 0))
-        specs.append(pl.BlockSpec((1, kind.parts, n, per_step), lambda i, j, s: (s if kind.group else 0, 0, j, 0)))
+    if zeros is not None:
+        beside_rows(zeros)
     if x_scales is not None:
         width = lanes(x_scales.shape[1])
         operands.append(jnp.pad(x_scales, ((0, padded_rows - rows), (0, width - x_scales.shape[1]))))
@@ -125,10 +139,12 @@ def product(
     stored = -(-kind.columns // 2) if packed else kind.columns
     direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
     scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
-    if blocks.unpacked and not direct:
+    if blocks.whole:
+        scratch += [] if direct else [pltpu.VMEM((n, k), kind.dot)]
+    elif blocks.unpacked and not direct:
         scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
-        functools.partial(_kernel, kind, blocks, there, stored),
+        functools.partial(_kernel, kind, blocks, there, stored, steps),
         grid=(padded_rows // m, -(-features // n), steps),
         in_specs=specs,
         out_specs=pl.BlockSpec((m, n), lambda i, j, s: (i, j)),
@@ -147,18 +163,42 @@ def _sum_dtype(kind):
     return jnp.int32 if kind.dot == jnp.int8 and not kind.group else jnp.float32
 
 
-def _kernel(kind, blocks, there, stored, x, w, *refs):
+def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     """One block.  x [BM BK], w [parts BN BK], scales [1 groups parts BN], zeros [1 parts BN groups] ..."""
     held = list(refs)
     scales, zeros, x_scales, row_scale, bias = (held.pop(0) if given else None for given in there)
     y, acc, *unpacked = held
-    kept = [unpacked[0].at[i] for i in range(unpacked[0].shape[0])] if unpacked else []
-    step, steps = pl.program_id(2), pl.num_programs(2)
+    kept = [unpacked[0].at[i] for i in range(unpacked[0].shape[0])] if unpacked and not blocks.whole else []
+    step = pl.program_id(2)
     rows, features, width, run = x.shape[0], w.shape[1], w.shape[2], blocks.run
 
-    @pl.when(step == 0)
-    def _():
-        acc[...] = jnp.zeros_like(acc)
+    alone = blocks.whole and steps == 1  # the first run's sums are stored as they are
+
+    if not alone:
+
+        @pl.when(step == 0)
+        def _():
+            acc[...] = jnp.zeros_like(acc)
+
+    def multiply_whole(part):
+        """All columns of the block, of a weight that was made into what is multiplied."""
+        factor = unpacked[0] if unpacked else w.at[part]
+
+        def unpack(_, own):
+            beside = [None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros)]
+            for at in range(0, width, CHUNK):
+                for first, chunk in factors_of(kind, w.at[part, own], *beside, at, step, stored):
+                    factor[own, first : first + CHUNK] = chunk
+
+        def multiply_piece(down, own):
+            for at in range(0, x.shape[1], run):
+                sums = multiply(x[down, at : at + run], factor[own, at : at + run], transposed=True)
+                acc[part, down, own] = sums if alone and at == 0 else acc[part, down, own] + sums
+
+        grouped = scales if kind.group else None
+        if unpacked:
+            _for_pieces(1, features, 1, blocks.unpacked, unpack)
+        _for_pieces(rows, features, blocks.height, blocks.width, multiply_piece)
 
     def multiply_run(at, part):
         """The run of stored columns that begins at `at`; the weight of many rows is unpacked before."""
@@ -192,7 +232,10 @@ def _kernel(kind, blocks, there, stored, x, w, *refs):
         for part in range(kind.parts):
             multiply_run(at, part)
 
-    if run == width:
+    if blocks.whole:
+        for part in range(kind.parts):
+            multiply_whole(part)
+    elif run == width:
         multiply_runs(0)
     else:  # a loop keeps one run's registers apart from the next one's
         pl.loop(0, width // run)(lambda i: multiply_runs(pl.multiple_of(i * run, run)))
@@ -282,28 +325,31 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     most = 512 if size < 4 else 256
     m = min(-(-rows // unit) * unit, most)
     m = -(-m // EPILOGUE_ROWS) * EPILOGUE_ROWS if m > EPILOGUE_ROWS else m
+    whole = m > FEW and not (kind.group and kind.apart)
     least = 2 * CHUNK if packed else CHUNK
-    stacked = 0 < kind.group < CHUNK  # copies of x, and sums, for each group of a chunk
+    stacked = 0 < kind.group < CHUNK and not whole  # copies of x, and sums, for each group of a chunk
     n = min(power(max(features, LANES)), (128 if stacked else 512) // kind.parts)
     n = max(n, LANES)
     stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
-    k = min(power(max(columns, least)), 2048)
+    k = min(power(max(columns, least)), 4096 if whole else 2048)
 
     tight = chip.registers < 64
 
     def run(k):
+        if whole:
+            return min(k, LONGEST)
         if kind.group or packed:
             return CHUNK
         return k if m <= FEW and not tight else min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
 
     def vmem(k):
-        weights = 2 * kind.parts * n * k * stored + n * run(k) * (2 if packed else 1) * size
+        weights = 2 * kind.parts * n * k * stored + n * (k if whole else run(k) * (2 if packed else 1)) * size
         return int(weights + 2 * m * k * size + m * n * (4 * kind.parts + 2 * size))
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
         k //= 2
-    height = m if m <= FEW else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
+    height = m if m <= FEW or whole else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
     live = chip.features[zeros]  # beyond few rows, of a piece's sum
     width = max(LANES, min(n, live if m <= FEW else 4 * chip.registers))
     unpacked = UNPACKED if m > FEW else width if tight and packed else 0
-    return Blocks(m, n, k, height, width, run(k), not tight, unpacked, vmem(k), chip.vmem_limit)
+    return Blocks(m, n, k, height, width, run(k), not tight, unpacked, whole, vmem(k), chip.vmem_limit)

@@ -5,12 +5,14 @@ words that hold 8 of them, then halves of the lanes change places, and a chunk r
 XLA puts the columns of x into the same order.  Zero points are taken off before the product: q - z is exact.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._numbers import LANES, cleared, converted
+from ._numbers import LANES, cleared, converted, tile_rows
+from ._tiles import divisor
 
 CHUNK = LANES  # columns that meet in the matrix unit at once, where they share scales
 PACKED = ("int4", "mxfp4")
@@ -26,9 +28,8 @@ def chunks_of(kind, w, zeros, at, run, step, stored):
     if kind.weight not in PACKED:
         yield _inside(_less(kind, w[:, pl.ds(at, run)], zeros, at), at, step, w.shape[1], stored)
         return
-    words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)  # four rows of bytes in each
-    low, high = words & _bytes(0x0F), lax.shift_right_logical(words, 4) & _bytes(0x0F)
-    left = lax.broadcasted_iota(jnp.int32, words.shape, 1) < LANES // 2
+    low, high = _halves(w, at)
+    left = lax.broadcasted_iota(jnp.int32, low.shape, 1) < LANES // 2
     pair = (
         jnp.where(left, low, pltpu.roll(high, LANES // 2, 1)),
         jnp.where(left, pltpu.roll(low, LANES // 2, 1), high),
@@ -38,15 +39,78 @@ def chunks_of(kind, w, zeros, at, run, step, stored):
         yield converted(pltpu.bitcast(whole, jnp.int8), kind.dot)
 
 
+def factors_of(kind, w, scales, zeros, at, step, stored):
+    """(first column, chunk [features CHUNK]) of the stored columns from `at` on, known before, with their scales in.
+
+    Of a packed weight the even ones of 256 columns, then the odd ones: in_stored_order().
+    """
+    spread = None if scales is None else _spread(kind, scales[...], at)
+
+    def scaled(chunk):
+        return chunk if spread is None else (chunk.astype(jnp.float32) * spread).astype(kind.dot)
+
+    if kind.weight not in PACKED:
+        chunk = converted(w[:, pl.ds(at, CHUNK)], jnp.float32 if spread is not None or zeros is not None else kind.dot)
+        if zeros is not None:
+            chunk = (chunk - _spread(kind, zeros[...], at)).astype(kind.dot)
+        yield at, _inside(scaled(chunk), at, step, w.shape[1], stored)
+        return
+    taken = None if zeros is None else _spread(kind, pltpu.bitcast(zeros[...], jnp.int32), at)
+    for i, nibbles in enumerate(_halves(w, at)):
+        whole = _e2m1(nibbles) if kind.weight == "mxfp4" else _less_words(nibbles, taken)
+        yield 2 * at + i * CHUNK, scaled(converted(pltpu.bitcast(whole, jnp.int8), kind.dot))
+
+
+def _spread(kind, numbers, at):
+    """Numbers [rows LANES] of groups as [rows CHUNK], what each stored column from `at` on takes; [rows 1] of one group."""
+    if not kind.group:
+        return numbers
+    columns = 2 if kind.weight in PACKED else 1
+    group = lax.broadcasted_iota(jnp.int32, numbers.shape, 1) * columns >> (kind.group.bit_length() - 1)
+    return jnp.take_along_axis(numbers, group + at * columns // kind.group, axis=1)
+
+
+def in_stored_order(x, interpret):
+    """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones."""
+    rows, columns = x.shape
+    height, width = divisor(rows, 128, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
+    spec = pl.BlockSpec((height, width), lambda i, j: (i, j))
+    return pl.pallas_call(
+        _part_lanes, grid=(rows // height, columns // width), in_specs=[spec], out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="stored_order", interpret=interpret,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+    )(x)  # fmt: skip
+
+
+def _part_lanes(x, y):
+    """Whole words move, whatever numbers they hold."""
+    for at in range(0, x.shape[1], 2 * LANES):
+        pair = [pltpu.bitcast(x[:, at + i : at + i + LANES], jnp.int32) for i in (0, LANES)]
+        lane = lax.broadcasted_iota(jnp.int32, pair[0].shape, 1)
+        left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
+        for i in range(2):
+            first, second = (jnp.take_along_axis(words, even + i, axis=1) for words in pair)
+            y[:, at + i * LANES : at + (i + 1) * LANES] = pltpu.bitcast(jnp.where(left, first, second), x.dtype)
+
+
+def _halves(w, at):
+    """Low nibbles, then high ones, of 128 stored columns, in words of four rows."""
+    words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)
+    return words & _bytes(0x0F), lax.shift_right_logical(words, 4) & _bytes(0x0F)
+
+
 def _bytes(byte):
     """The byte in each quarter of an int32."""
     return jnp.int32(int.from_bytes(bytes([byte] * 4), "little", signed=True))
 
 
 def _centred(kind, nibbles, zeros, at):
+    return _less_words(nibbles, None if zeros is None else _of_groups(kind, pltpu.bitcast(zeros[...], jnp.int32), at))
+
+
+def _less_words(nibbles, taken):
     """In each byte a nibble less its zero point z: 128 - z more carries into no other byte, and flips the sign bit."""
-    taken = _bytes(0x08) if zeros is None else _of_groups(kind, pltpu.bitcast(zeros[...], jnp.int32), at)
-    return (nibbles + (_bytes(0x80) - taken)) ^ _bytes(0x80)
+    return (nibbles + (_bytes(0x80) - (_bytes(0x08) if taken is None else taken))) ^ _bytes(0x80)
 
 
 def _e2m1(codes):
