@@ -5,9 +5,10 @@
     python bench/prefix.py --model PATH             another checkpoint: --json <device>-prefix-<its name>.json
 
 Reuse: a chat of 20 turns, each of which sends all that was said before, as text; and requests that share a system
-prompt.  One request at a time, all of them with the engine's reuse on and then with it off; the time to the first token
-is the median of the rounds, and each round begins with nothing in the cache.  Whether both answer the same is counted
-beforehand.  To another model the shipped tokenizer's ids are sent: random weights write no text.
+prompt of some 230 tokens, or of some 1 500.  One request at a time, all of them with the engine's reuse on and then
+with it off; the time to the first token is the median of the rounds, and each round begins with nothing in the cache.
+Whether both answer the same is counted beforehand.  To another model the shipped tokenizer's ids are sent: random
+weights write no text.
 
 Pages: requests of sampled lengths in a cache with room for CONTIGUOUS sequences of max_length.  After each step the
 engine's own counts say how many slots of its pages hold nothing.  Contiguous allocation would give each of the same
@@ -46,6 +47,17 @@ SYSTEM = "You answer questions about commands and system calls, in one sentence,
     f"The {name} command is described in section 1 of the manual." for name in COMMANDS[:16]
 )
 
+LONG = (
+    SYSTEM
+    + " "
+    + " ".join(
+        f"Of {name} you tell what it does to {other}, and what it prints when a file is missing."
+        for name in COMMANDS
+        for other in ("files", "links")
+    )
+)
+WORKLOADS = ("chat", "shared_prompt", "long_prompt")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -72,7 +84,7 @@ def main() -> None:
     told = [Path(word).name if word == str(options.model) else word for word in sys.argv[1:]]  # no path of this machine
     command = shlex.join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *told])
     report = {"device": device, "command": command, "versions": status.versions(), "threads": options.threads} | report
-    for name in ("chat", "shared_prompt"):
+    for name in WORKLOADS:
         total = report[name]["total"]
         print(
             f"{name}: {total['cached_share']:.1%} of {total['prompt_tokens']} tokens cached; time to first token "
@@ -105,13 +117,13 @@ def measure(path: Path | None, dtype: str, rounds: int, turns: int) -> dict[str,
         if turn + 1 < turns:
             answer = words.decode(answers[turn]) if path is None else answers[turn]
             chat.append(chat[turn] + answer + sent(f"\n{questions[turn + 1]}"))
-    shared = [sent(f"system: {SYSTEM}\n{question}") for question in questions]
     return {
         "model": path.name if path else shipped_model().name,
         "rounds": rounds,
         "dtype": off.config.dtype if dtype == "auto" else dtype,
         "chat": reuse(on, off, chat, ANSWER, rounds),
-        "shared_prompt": reuse(on, off, shared, 8, rounds),
+        "shared_prompt": reuse(on, off, [sent(f"system: {SYSTEM}\n{question}") for question in questions], 8, rounds),
+        "long_prompt": reuse(on, off, [sent(f"system: {LONG}\n{question}") for question in questions], 8, rounds),
     }
 
 

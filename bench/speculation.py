@@ -50,7 +50,6 @@ WISHES = {
 
 def measure(llm: LLM, wish: SamplingParams) -> tuple[list[list[int]], dict[str, float]]:
     """The tokens of every answer, and the row."""
-    speculator = llm._runner.speculator
     texts, steps, seconds, before = [], 0, 0.0, llm.stats()
     for prompt in PROMPTS:
         (output,) = llm.add(prompt, wish)
@@ -64,10 +63,8 @@ def measure(llm: LLM, wish: SamplingParams) -> tuple[list[list[int]], dict[str, 
         texts.append(output.tokens)
     tokens = sum(len(text) - 1 for text in texts)
     row = {"tokens_per_forward": round(tokens / steps, 3), "tokens_per_second": round(tokens / seconds, 1)}
-    if speculator:
-        guessed, accepted = (
-            llm.stats()[f"{what}_tokens"] - before[f"{what}_tokens"] for what in ("guessed", "accepted")
-        )
+    guessed, accepted = (llm.stats()[f"{what}_tokens"] - before[f"{what}_tokens"] for what in ("guessed", "accepted"))
+    if guessed:
         row |= {"guessed": guessed, "accepted": accepted, "accepted_share": round(accepted / max(1, guessed), 3)}
     return texts, row
 
@@ -91,9 +88,8 @@ def forwards() -> dict[str, float]:
     for way, before in ((None, [0]), (WAYS["draft, k=4"], [1, 2])):
         llm = LLM(dtype="float32", device="cpu", speculation=way, prefix_reuse=False, max_length=512)
         measure(llm, wish)
-        watch(llm._runner.target, times[before[0]])
-        if way:
-            watch(llm._runner.speculator.draft, times[before[1]])
+        for forward, place in zip(llm.forwards, before, strict=True):
+            watch(forward, times[place])
         measure(llm, wish)
     plain, target, draft = times
     each = {"plain, 1 token": plain[1], "verification, 5 tokens": target[5], "draft, 1 token": draft[1]}

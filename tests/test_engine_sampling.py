@@ -199,3 +199,21 @@ def test_best_of_returns_the_likeliest_answers(llm):
     assert not best[0].logprobs
     with pytest.raises(ValueError, match="best_of is 1; give an integer from 2 to 128"):
         SamplingParams(n=2, best_of=1)
+
+
+def test_bytes_that_are_no_text_cost_no_more_with_each(llm):
+    """A logit_bias can ask for nothing else, and all who share the steps would wait for them to be decoded again."""
+    from llmkernels.models.tokenizer import Detokenizer
+
+    decoded = []
+
+    class Counting:
+        def decode(self, tokens):
+            decoded.append(len(tokens))
+            return llm.tokenizer.decode(tokens)
+
+    (byte,) = {id for id in range(256) if llm.tokenizer.id_to_token(id) == "¡"}
+    tokens = [byte] * 600 + llm.encode(" a")
+    detokenizer = Detokenizer(Counting(), llm.encode("b"))
+    assert "".join(map(detokenizer.push, tokens)) == llm.tokenizer.decode(tokens)
+    assert sum(decoded) < 30 * len(tokens)

@@ -7,6 +7,7 @@ from typing import Any
 from llmkernels.engine.audit import problems
 from llmkernels.engine.beam import Beam, BeamParams, BeamSearch
 from llmkernels.engine.cache import KVCache, page_bytes
+from llmkernels.engine.forward import Forward
 from llmkernels.engine.intake import Intake, Prompt
 from llmkernels.engine.lora import Adapters
 from llmkernels.engine.options import CACHE_DTYPES, as_list, build_speculator, default_params, read_draft
@@ -288,6 +289,12 @@ class LLM:
             "decode_replayed_steps": graphs.replayed if graphs else 0,
             "decode_plain_steps": graphs.plain if graphs else 0,
         }
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """What a step runs, for whoever measures it: the model, and the draft model where there is one."""
+        draft = self._runner.speculator and self._runner.speculator.draft
+        return [self._runner.target, *([draft] if draft else [])]
 
     def check(self) -> None:
         """RuntimeError unless every page is free, kept for its keys, or used by the sequences that it counts."""

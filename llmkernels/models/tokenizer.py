@@ -9,6 +9,7 @@ import tokenizers
 from llmkernels.models.files import CheckpointError, read_json
 
 CONTEXT = 6  # tokens decoded again with each new one: what a byte or a space means depends on its neighbours
+MOST_HELD = 24  # tokens that may wait for the end of a character: far more than it has bytes, so they have none
 BROKEN = "\ufffd"  # what bytes that are no whole character decode to
 
 
@@ -32,16 +33,19 @@ class Detokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: list[int]):
         self._tokenizer = tokenizer
+        self._shown = ""
         self._keep(prompt)
 
     def push(self, token: int) -> str:
         """The text that this token adds; empty while bytes of a character are missing."""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
-        if text.endswith(BROKEN):
+        if text.endswith(BROKEN) and len(self._window) < MOST_HELD:
             return ""
         piece = text[len(self._shown) :]
         self._keep(self._window)
+        if text.endswith(BROKEN):  # bytes that are no text, without end: each is decoded a few times, not every time
+            self._shown = self._tokenizer.decode(self._window)
         return piece
 
     def _keep(self, tokens: list[int]) -> None:
