@@ -4,6 +4,7 @@ A contract is one decorated function; llmkernels/ops/rms_norm.py shows the whole
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -112,6 +113,10 @@ class Contract:
             sizes |= self.derive(call, sizes)
         return sizes
 
+    def written(self, call: Mapping[str, Any]) -> list[str]:
+        """The names of the arrays that this call writes in place."""
+        return [p.name for p in self.shapes.inputs.values() if p.mutated and call.get(p.name) is not None]
+
     def outputs(self, call: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of what this call returns, in order.  An op that only writes in place returns nothing."""
         return self.returns(call) if self.returns else tuple(self.shapes.outputs)
@@ -132,6 +137,10 @@ def _unlike(value: Any, option: inspect.Parameter) -> str | None:
     if isinstance(default, tuple):
         like = isinstance(value, tuple | list) and len(value) == len(default)
         return None if like else f"a tuple of {len(default)}, like {default}"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "a number that fits in 64 bits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
     return None if isinstance(value, Real) else "True or False" if isinstance(default, bool) else "a Python number"
 
 

@@ -147,6 +147,12 @@ def missing_traits(backend: str, traits: dict[str, Any], require: dict[str, Any]
             yield Refusal("TRAIT", f"{backend} declares {trait}={have}; {want} is required", "require less")
 
 
+def emulating(backend: str) -> bool:
+    """Whether what the backend does now is an emulation, chosen here or by the environment: no evidence of a device."""
+    asked = backend != REFERENCE and getattr(package(backend), "emulating", None)
+    return bool(asked and asked())
+
+
 @contextmanager
 def emulated(backend: str) -> Iterator[str]:
     """Run `backend` through the emulation it offers, on CPU arrays.  Yields what that emulation is.

@@ -135,7 +135,7 @@ def _function(op: Op) -> Callable:
         described = _described(op.contract, call)
         types = [
             *op.contract.result_types(described),
-            *((described[name].shape, dtype_name(described[name])) for name in _written(op.contract, call)),
+            *((described[name].shape, dtype_name(described[name])) for name in op.contract.written(call)),
         ]
         results = _answer(op, call, backend, [jax.ShapeDtypeStruct(shape, _jax_dtype(name)) for shape, name in types])
         return results[0] if len(results) == 1 else tuple(results)
@@ -204,7 +204,7 @@ def _host(op: Op, choice: Choice, settings: Settings, options: dict, tree: Any, 
     def host(*leaves: jax.Array) -> list[np.ndarray]:
         tally.calls += 1
         call = options | {name: to_torch(value) for name, value in jax.tree.unflatten(tree, leaves).items()}
-        written = _written(contract, call)
+        written = contract.written(call)
         call |= {name: call[name].clone() for name in written}  # jax arrays are immutable
         call |= {name: call[name].long() for name, p in contract.shapes.inputs.items() if p.dtypes == ("int64",)}
         if contract.check_values and settings.checked is not False:
@@ -225,10 +225,6 @@ def _run(contract: Contract, run: Callable, call: Mapping[str, Any]) -> Any:
 
 def _listed(results: Any) -> list[Any]:
     return [] if results is None else list(results) if isinstance(results, (tuple, list)) else [results]
-
-
-def _written(contract: Contract, call: Mapping[str, Any]) -> list[str]:
-    return [name for name, p in contract.shapes.inputs.items() if p.mutated and call[name] is not None]
 
 
 def _traced(leaves: tuple) -> bool:

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from llmkernels import dispatch, ledger
-from llmkernels.arrays import family, is_array, refuse_gradients, through_torch, to_torch
+from llmkernels.arrays import family, is_array, refuse_gradients, refuse_unwritable, through_torch, to_torch
 from llmkernels.contract import Case, Contract
 from llmkernels.discovery import (
     FORGET,
@@ -187,7 +187,7 @@ class Op:
 
     def _validate(self, call: Mapping[str, Any]) -> str:
         owner = family(self.name, call)
-        if owner == "jax" and (written := [p.name for p in self.contract.shapes.inputs.values() if p.mutated]):
+        if owner == "jax" and (written := self.contract.written(call)):
             raise ValueError(
                 f"{self.name}: writes {' and '.join(written)} in place, and jax arrays are immutable; "
                 f"use llmkernels.jax_api.{self.name}, which returns them"
@@ -195,6 +195,8 @@ class Op:
         self.contract.validate(call)
         if owner == "torch":
             refuse_gradients(self.name, call)
+        if owner in ("torch", "numpy"):
+            refuse_unwritable(self.name, {name: call[name] for name in self.contract.written(call)})
         if check := self.checks(call, current()):
             check({name: to_torch(value) for name, value in call.items()})
         return owner

@@ -155,7 +155,7 @@ def check_run(
     fence = Fence(device)
     call = inputs(contract, case, dtype, device, fence)
     before = {name: _copy(value) for name, value in call.items()}
-    written = [name for name in _written(contract, call) if before[name] is not None]
+    written = [name for name in contract.written(call) if before[name] is not None]
     gaps = {name: Gaps(call[name], [call[other] for other in written]) for name in written}
     try:
         sizes = contract.validate(call)
@@ -174,7 +174,7 @@ def check_run(
     if contract.judge:
         complaints += contract.judge(inputs(contract, case, dtype), _cpu(results[0] if len(results) == 1 else results))
     else:
-        written = _written(contract, call)
+        written = contract.written(call)
         names = [*contract.outputs(call), *written]
         got = [*results, *(call[name] for name in written)] if arrays == "torch" else results
         if len(got) != len(want):
@@ -186,7 +186,7 @@ def check_run(
             complaints += said
             if e * tolerance >= error * t:  # the output nearest to its tolerance, or furthest beyond it
                 error, tolerance = e, t
-    if not complaints and getattr(module, "TRAITS", {}).get("deterministic") and not _written(contract, call):
+    if not complaints and getattr(module, "TRAITS", {}).get("deterministic") and not contract.written(call):
         again = _run(contract, module.run, call, arrays)
         if not all(
             torch.equal(bits(_cpu(to_torch(a)).contiguous()), bits(_cpu(to_torch(b)).contiguous()))
@@ -205,11 +205,7 @@ def _run(contract: Contract, run: Callable, call: Mapping[str, Any], arrays: str
     positional = [values[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY]
     results = run(*positional, **{p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY})
     results = [] if results is None else list(results) if isinstance(results, tuple) else [results]
-    return results + ([values[name] for name in _written(contract, call)] if written else [])
-
-
-def _written(contract: Contract, call: Mapping[str, Any]) -> list[str]:
-    return [p.name for p in contract.shapes.inputs.values() if p.mutated and call.get(p.name) is not None]
+    return results + ([values[name] for name in contract.written(call)] if written else [])
 
 
 def _to_jax(value: Any) -> Any:
@@ -220,7 +216,7 @@ def _to_jax(value: Any) -> Any:
 
 def _changed(contract: Contract, call: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Complaints about arguments that were only to be read."""
-    written = _written(contract, call)
+    written = contract.written(call)
     return [
         f"changed {name}, which is only to be read"
         for name, value in call.items()

@@ -24,7 +24,7 @@ from typing import Any, get_args
 import torch
 
 from llmkernels import ops as _ops  # noqa: F401  declares them
-from llmkernels.arrays import family, refuse_gradients
+from llmkernels.arrays import family, refuse_gradients, refuse_unwritable
 from llmkernels.contract import Contract
 from llmkernels.registry import OPS, Op
 
@@ -131,14 +131,13 @@ def _own(result: torch.Tensor) -> torch.Tensor:
 
 def _fake(op: Op, many: bool) -> Callable:
     rebuild = _rebuilder(op)
-    written = [name for name, pattern in op.contract.shapes.inputs.items() if pattern.mutated]
 
     def fake(*args: Any, backend: str | None = None, **options: Any) -> Any:
         if rebuild:
             args, options = rebuild(args, options)
         call = op.contract.bind(*args, **options)
-        views = [call[name] for name in written if call[name] is not None]
-        if any(isinstance(view.storage_offset(), torch.SymInt) for view in views):
+        written = {name: call[name] for name in op.contract.written(call)}
+        if any(isinstance(view.storage_offset(), torch.SymInt) for view in written.values()):
             _lower_offsets()
         results = [
             torch.empty(shape, dtype=getattr(torch, dtype), device=args[0].device)
@@ -146,6 +145,7 @@ def _fake(op: Op, many: bool) -> Callable:
         ]
         family(op.name, call)  # one device
         refuse_gradients(op.name, call)
+        refuse_unwritable(op.name, written)
         if many:
             return results
         return results[0] if len(results) == 1 else tuple(results) or None

@@ -140,6 +140,13 @@ def test_rows_are_batch_invariant(op):
     torch.set_num_threads(1)
 
 
+def test_silu_far_below_zero():
+    """Where exp(-g) would be infinite: the bound of a polynomial instead left -6e21 of these numbers."""
+    gate, value = torch.tensor([-1e30, -3e38, -1e4, -torch.inf, -80.0]), torch.tensor([1e30, 3e38, 1e4, 1.0, 1.0])
+    got = llmkernels.silu_and_mul(torch.cat([gate, value]), backend="cpu")
+    torch.testing.assert_close(got, torch.nn.functional.silu(gate) * value, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
 @pytest.mark.parametrize("page", [-1, 300, 2**31 - 1])
 def test_a_page_outside_the_cache_is_never_read(page):
     """Where values are not checked beforehand, the kernel still refuses to leave the cache."""

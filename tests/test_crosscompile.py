@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from llmkernels import status
-from llmkernels.crosscompile import record, resources
+from llmkernels.contract import Cost
+from llmkernels.crosscompile import limits, record, resources
 from llmkernels.crosscompile.chips import CHIPS, find
 from llmkernels.crosscompile.resources import Resources
 
@@ -62,6 +63,26 @@ def test_occupancy_is_the_smallest_of_registers_waves_and_shared_memory():
     assert find("gfx1100").occupancy(registers=256, shared=0, warps=4) == 2
     with pytest.raises(ValueError, match="--target is 'sm_75'; the targets are sm_80"):
         find("sm_75")
+
+
+def test_what_limits_a_call():
+    chip = find("sm_90")  # 132 units, 4.8 TB/s, 989e12 operations/s
+    good = replace(GOOD, in_flight=1 << 20)
+    multiply, norm = ("_product.multiply", 264, good), ("_rows._prepare", 1, replace(good, products=[], matrix={}))
+
+    def found(cost, *launches):
+        one = limits.limit(cost, cost.bytes, launches, chip)
+        return one.by, pytest.approx(one.seconds), pytest.approx(one.share)
+
+    assert found(Cost(4.8e9, 1), multiply) == ("memory", 1e-3, 1)
+    many = replace(good, matrix={"HGMMA": 4})
+    assert found(Cost(1, 989e9), norm, ("_product.multiply", 264, many)) == ("arithmetic", 1e-3, 1)
+    assert found(Cost(1, 989e9), ("_product.multiply", 133, many)) == ("arithmetic", 264e-3 / 133, 133 / 264)
+    assert found(Cost(1, 989e9), ("_attention.attend", 133, many)) == ("arithmetic", 1e-3, 1)
+    assert found(Cost(1, 989e9), multiply) == ("arithmetic", 1e-3 / limits.MMA_SYNC, 1)
+    assert found(Cost(1, 1), norm, multiply) == ("latency", 1.4e-6, pytest.approx(0, abs=1e-3))
+    few = replace(GOOD, programs=2, in_flight=2048)  # 4 programs have asked for 4 KiB, and wait 700 ns for them
+    assert found(Cost(4096e3, 1), ("_few.multiply_few", 4, few))[:2] == ("latency", 0.7e-3)
 
 
 def test_products_that_matrix_units_can_do():
@@ -166,8 +187,12 @@ from llmkernels.crosscompile.chips import CHIPS
 from pathlib import Path
 from llmkernels.backends.triton import silu_and_mul
 
-found, wrong = launches.record("triton", [CHIPS["sm_90"]], Path(sys.argv[1]), "silu_and_mul")
-assert not wrong, wrong
+recorded = launches.record("triton", [CHIPS["sm_90"]], Path(sys.argv[1]), "silu_and_mul")
+found = recorded.launches
+assert not recorded.problems
+(large,) = [call for call in recorded.planned if call.case == "8192 x 14336"]
+assert [(one.kernel, programs) for one, programs in large.launches] == [("silu_and_mul._gate", 8192 * 14)], large
+assert large.cost.bytes == 3 * 8192 * 14336 * 2, large.cost
 missing = launches.unreached("triton", found)
 assert "silu_and_mul._gate" not in missing
 assert "merge_attention._merge" in missing  # nobody called merge_attention

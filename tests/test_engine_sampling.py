@@ -141,11 +141,28 @@ def test_what_was_held_back_comes_with_the_last_token(llm):
         ({"logit_bias": {-1: 2.0}}, "a token of logit_bias is -1"),
         ({"logit_bias": {3: float("nan")}}, r"logit_bias\[3\] is nan"),
         ({"stop": ("",)}, "stop holds ''; give strings"),
+        ({"stop": 2.5}, r"stop is 2\.5; give a list"),
+        ({"stop_token_ids": True}, "stop_token_ids is True; give a list"),
+        ({"logprobs": 5}, "logprobs is 5; give True or False; top_logprobs says how many"),
     ],
 )
 def test_wrong_wishes_are_named(wishes, words):
     with pytest.raises(ValueError, match=words):
         SamplingParams(**wishes)
+
+
+def test_one_none_or_several_to_stop_at():
+    assert SamplingParams(stop=None, stop_token_ids=7) == SamplingParams(stop=[], stop_token_ids=[7])
+
+
+def test_prompts_that_are_none(llm):
+    for prompt, words in (
+        (None, "the prompt is None; give a text"),
+        (torch.tensor([1, 2]), r"the prompt is tensor\(\[1, 2\]\); give a text, or a list"),
+        ("a\ud800b", r"half a surrogate pair, U\+D800 at 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            llm.generate(prompt)
 
 
 def test_wishes_that_this_model_cannot_fulfil(llm):

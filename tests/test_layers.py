@@ -28,7 +28,7 @@ class Layer:
 
 LAYERS = {
     "core": Layer(  # in this order: each file knows only those before it
-        "shapes settings cache_folder discovery contract ledger arrays dispatch registry", lazily="torch jax"
+        "shapes settings cache_folder discovery contract ledger arrays dispatch registry", lazily="torch jax ml_dtypes"
     ),
     "quant": Layer("quant/*", "core", "torch numpy"),
     "ops": Layer("ops/*", "core quant", "torch numpy"),

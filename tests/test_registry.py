@@ -299,6 +299,21 @@ def test_missing_attribute_lists_the_ops():
 # other people's arrays
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_numpy_arrays_of_dtypes_that_numpy_has_from_ml_dtypes(dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    k, cache = (
+        np.arange(8, dtype=ml_dtypes.bfloat16).reshape(1, 1, 8),
+        np.zeros((2, 4, 1, 8), getattr(ml_dtypes, dtype)),
+    )
+    with llmkernels.use(policy="silent"):
+        llmkernels.write_kv(k, k, cache, cache.copy(), np.array([5]))
+        y, _ = llmkernels.quantize_activation(k, dtype="float8_e4m3fn")
+    assert cache[1, 1, 0].tolist() == list(range(8))
+    assert y.dtype == ml_dtypes.float8_e4m3fn
+    assert y[0, 0, -1] == 448
+
+
 def test_numpy_arrays_through_the_reference():
     with llmkernels.use(policy="silent"):
         y = llmkernels.rms_norm(X.numpy(), W.numpy())

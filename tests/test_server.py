@@ -269,6 +269,19 @@ def test_wrong_chats(http):
     assert "set logprobs to true" in http.post("/v1/chat/completions", json=body).text
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "embeddings"])
+def test_half_a_surrogate_pair_is_no_text(http, path):
+    """JSON lets it through, json.loads too; tokenizers and UTF-8 do not."""
+    for half, status in ((r"\uD800", 400), (r"\udfffx", 400), (r"\ud83d\ude00", 200)):
+        text = f'"{half}"'
+        messages = f'[{{"role": "user", "content": {text}}}]'
+        fields = {"completions": f'"prompt": {text}', "chat/completions": f'"messages": {messages}'}
+        body = "{" + fields.get(path, f'"input": {text}') + "}"
+        answer = http.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == status, answer.text
+        assert status == 200 or "half a surrogate pair" in answer.json()["error"]["message"]
+
+
 def test_bodies_that_are_no_requests(http):
     for content, status in ((b"{", 400), (b"\xff", 400), (b"[1]", 400), (b"x" * (MOST_BYTES + 1), 413)):
         answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})

@@ -90,3 +90,17 @@ def test_a_table_of_measured_tiles(tmp_path, monkeypatch):
 
 class SimpleDevice:
     index = 0
+
+
+def test_interpreted_by_the_environment_is_emulated(monkeypatch):
+    """Neither a run on the CPU, nor worth a time."""
+    from llmkernels import discovery
+    from llmkernels.bench import candidates
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    discovery.forget_all()
+    assert discovery.emulating("triton")
+    assert "triton" not in candidates("rms_norm")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    discovery.forget_all()
+    assert not discovery.emulating("triton")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,14 @@ for name in ("fp8_block_a16", "fp8_tensor_a16", "w8a8_zp", "w8a8_g64_zp", "w4a8_
         want = reference(x.double(), w)
         assert (quantized_gemm.run(x, w, bias=None) - want).abs().max() < 1e-4 * want.abs().max(), (name, rows)
 """)
+
+
+def test_codes_become_bfloat16_without_a_rounding_instruction():
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_codes.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stdout + done.stderr[-2000:]

@@ -1,5 +1,8 @@
 """The mistakes of people who connect an engine: each gives one paragraph that says what is wrong and what to change."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +128,85 @@ def test_write_kv(change, what, remedy):
         llmkernels.write_kv(**write(**change))
     assert what in paragraph(error)
     assert remedy in str(error.value)
+
+
+def jagged(x):
+    return torch.nested.nested_tensor([x], layout=torch.jagged)
+
+
+NO_PLAIN_MEMORY = {
+    "sparse": (torch.Tensor.to_sparse, "x is a tensor of layout sparse_coo", "to_dense() makes it"),
+    "nested": (jagged, "x is a nested tensor", "its values in one tensor"),
+    "negated": (torch._neg_view, "x is a view that negates what lies in memory", "pass resolve_neg() of it"),
+    "masked": (lambda x: np.ma.masked_array(x.numpy()), "x is a masked array", "pass filled() of it"),
+    "reversed": (lambda x: x.numpy()[::-1], "x is an array of strides (-32, 4), in bytes", "numpy.ascontiguousarray"),
+    "other bytes first": (lambda x: x.numpy().astype(">f4"), "x is >f4", "cast it"),
+}
+
+
+@pytest.mark.parametrize(("made", "what", "remedy"), NO_PLAIN_MEMORY.values(), ids=NO_PLAIN_MEMORY)
+def test_arrays_that_are_no_plain_memory(made, what, remedy):
+    """Kernels read what lies at the strides, and nothing else of an array."""
+    x = made(torch.ones(4, 8))
+    weight = np.ones(8, np.float32) if isinstance(x, np.ndarray) else torch.ones(8)
+    with pytest.raises(ValueError, match=r"^rms_norm: ") as error:
+        llmkernels.rms_norm(x, weight)
+    assert what in paragraph(error)
+    assert remedy in str(error.value)
+
+
+def test_inside_a_transform_of_torch_func():
+    with pytest.raises(ValueError, match=r"x is inside a transform of torch.func .* call it outside"):
+        torch.func.vmap(lambda x: llmkernels.rms_norm(x, torch.ones(8)))(torch.ones(3, 4, 8))
+
+
+def test_a_read_only_cache_of_numpy():
+    call = {name: value.numpy() for name, value in write().items()}
+    call["v_cache"].flags.writeable = False  # as a file mapped for reading is
+    with pytest.raises(ValueError, match="write_kv: v_cache is read-only, and the call writes it; pass a copy"):
+        llmkernels.write_kv(**call, backend="reference")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_expanded_cache(compiled):
+    call = write(k_cache=lambda cache: cache[:1].expand_as(cache))
+    step = torch.compile(llmkernels.write_kv, fullgraph=True) if compiled else llmkernels.write_kv
+    with pytest.raises(
+        Exception, match="write_kv: k_cache is expanded, one element for several, and the call writes it"
+    ):
+        step(**call)
+
+
+@pytest.mark.parametrize(
+    ("eps", "remedy"),
+    [
+        (2**70, "a number that fits in 64 bits"),
+        (math.nan, "a finite number"),
+        (math.inf, "a finite number"),
+        (-1e-6, "a number above 0"),
+        (0, "a number above 0"),
+    ],
+)
+def test_numbers_that_no_kernel_could_use(eps, remedy):
+    with pytest.raises(ValueError, match=f"rms_norm: eps is {eps}.* give {remedy}"):
+        llmkernels.rms_norm(torch.ones(4, 8), torch.ones(8), eps=eps)
+
+
+def test_a_whole_number_where_a_float_is_usual():
+    """jax takes Python integers for int32."""
+    x, weight = torch.ones(4, 8), torch.ones(8)
+    for backend in ("reference", "cpu", "vendor", "xla"):
+        y = llmkernels.rms_norm(x, weight, eps=2**40, backend=backend)
+        torch.testing.assert_close(y, torch.full_like(y, 2.0**-20))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "vendor", "xla"])
+def test_a_group_far_beyond_the_row_is_the_row(backend):
+    """Rows padded to the group would not fit into memory."""
+    x = torch.randn(3, 100)
+    got = llmkernels.quantize_activation(x, group=2**62, backend=backend)
+    want = llmkernels.quantize_activation(x, backend=backend)
+    assert all(map(torch.equal, got, want))
 
 
 def test_the_calls_are_right_otherwise():

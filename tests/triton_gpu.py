@@ -1,10 +1,15 @@
 """What only a GPU can show of the Triton backend: CUDA graphs, and torch.compile without a break.
 
-`python tests/triton_gpu.py` makes every check and needs no pytest; tests/test_triton_gpu.py makes them too.
+`python tests/triton_gpu.py [PART] [--jobs N]` makes every check, or those whose name contains PART, each in a process
+of its own, and needs no pytest; tests/test_triton_gpu.py makes them too.
 """
 
+import argparse
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -144,19 +149,23 @@ def raised(error):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", nargs="?", default="", help="only checks whose name contains this")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes at once: they compile")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU here")
+    names = [name for name in CHECKS if options.part in name]
     failed = 0
-    for name, check in CHECKS.items():
-        try:
-            check()
-        except Exception as error:  # every check is made, and each failure told
-            failed += 1
-            print(f"failed {name}: {raised(error)}", flush=True)
-        else:
-            print(f"passed {name}", flush=True)
-    print(f"{len(CHECKS) - failed} passed, {failed} failed on {torch.cuda.get_device_name()}")
-    sys.exit(failed > 0)
+    # A fault in a kernel ends the CUDA context of its process, so each check has one of its own.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for done in as_completed(waiting := {pool.submit(CHECKS[name]): name for name in names}):
+            error = done.exception()  # every check is made, and each failure told
+            failed += error is not None
+            told = f"failed {waiting[done]}: {raised(error)}" if error else f"passed {waiting[done]}"
+            print(told, flush=True)
+    print(f"{len(names) - failed} passed, {failed} failed on {torch.cuda.get_device_name()}")
+    sys.exit(failed > 0 or not names)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def absent():
         import torch
     except ImportError:
         return "ABSENT", "torch is not installed", "pip install torch"
-    if _interprets():
+    if emulating():
         return None
     if not torch.cuda.is_available():
         return "ABSENT", "torch sees no GPU", f"use a machine that has one, or {_SWITCH}=1 to interpret the kernels"
@@ -41,7 +41,7 @@ def emulation() -> Iterator[None]:
     Triton decides when it is imported whether its functions are compiled or interpreted, for the whole process.
     """
     global _interpreted_once
-    if "triton" in sys.modules and not _interprets() and not _interpreted_once:
+    if "triton" in sys.modules and not emulating() and not _interpreted_once:
         raise ValueError(f"triton is loaded to compile; to emulate it, start another process with {_SWITCH}=1")
     before = os.environ.get(_SWITCH)
     os.environ[_SWITCH], _interpreted_once = "1", True
@@ -56,5 +56,6 @@ def emulation() -> Iterator[None]:
             os.environ[_SWITCH] = before
 
 
-def _interprets():
+def emulating():
+    """Whether kernels are interpreted, by the environment or inside `emulation`."""
     return os.environ.get(_SWITCH, "").lower() in ("1", "true", "on", "yes", "y")

@@ -1,25 +1,26 @@
-"""One-byte numbers and floats.  Where the chip does not convert FP8 itself, integer arithmetic on the bits does.
+"""One-byte numbers and floats.  Where the chip does not convert them itself, integer arithmetic on the bits does.
 
 e5m2  s eeeee mm     is the upper half of a float16
-e4m3  s eeee mmm     shifted into a float16 it is 2^8 times too small, its subnormals included; s 1111 111 is NaN
+e4m3  s eeee mmm     shifted into a float32 it is 2^120 times too small, its subnormals included; s 1111 111 is NaN
 """
 
 import torch
 import triton
 import triton.language as tl
 
-PLAIN, INT8, E4M3, E5M2, E4M3_BITS, E5M2_BITS = map(tl.constexpr, range(6))
-"""How the elements of an array are stored; _BITS is passed as uint8."""
+PLAIN, INT8, E4M3, E5M2, INT8_BITS, E4M3_BITS, E5M2_BITS = map(tl.constexpr, range(7))
+"""How the elements of an array are stored; FP8 with _BITS is passed as uint8."""
 
-_KINDS = {torch.int8: (INT8, INT8), torch.float8_e4m3fn: (E4M3_BITS, E4M3), torch.float8_e5m2: (E5M2_BITS, E5M2)}
+_KINDS = {torch.int8: (INT8_BITS, INT8), torch.float8_e4m3fn: (E4M3_BITS, E4M3), torch.float8_e5m2: (E5M2_BITS, E5M2)}
 
 
 def stored(x, chip):
     """(x as a kernel is handed it, its kind)."""
     if x.dtype not in _KINDS:
         return x, PLAIN.value
-    kind = _KINDS[x.dtype][chip.fp8].value
-    return (x.view(torch.uint8) if kind >= E4M3_BITS.value else x), kind
+    converts = not chip.amd if x.dtype == torch.int8 else chip.fp8
+    kind = _KINDS[x.dtype][converts].value
+    return (x.view(torch.uint8) if kind in (E4M3_BITS.value, E5M2_BITS.value) else x), kind
 
 
 @triton.jit
@@ -28,12 +29,22 @@ def decoded(x, dtype: tl.constexpr, KIND: tl.constexpr):
     if KIND == E5M2_BITS:
         value = (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
     elif KIND == E4M3_BITS:
-        wide = x.to(tl.uint16)
-        value = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+        wide = x.to(tl.int8, bitcast=True).to(tl.int32)  # the sign fills what lies above it
+        value = ((wide << 20) & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
         value = tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
     else:
         value = x
-    return value.to(dtype)
+    return exactly(value.to(tl.float32), dtype) if KIND >= INT8_BITS else value.to(dtype)
+
+
+@triton.jit
+def exactly(x, dtype: tl.constexpr):
+    """float32 values that `dtype` holds exactly.  bfloat16 is their upper half: rounding takes AMD six instructions."""
+    if tl.bfloat16 == dtype:
+        found = (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        found = x.to(dtype)
+    return found
 
 
 @triton.jit

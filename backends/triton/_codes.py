@@ -7,6 +7,8 @@ mxfp4  two a byte: e2m1, doubled, so that they are integers      fp8    e4m3
 import triton
 import triton.language as tl
 
+from ._bytes import exactly
+
 
 @triton.jit
 def nibbles(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
@@ -15,10 +17,16 @@ def nibbles(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.const
     16 bits hold each number exactly; int8 does for int4 too.
     """
     low = codes & 15
-    if KIND == "mxfp4":
+    if KIND == "mxfp4" and tl.bfloat16 == DOT:  # on AMD, as below: on NVIDIA _ptx.py unpacks
+        wide = low.to(tl.uint32)
+        bits = ((wide & 7) << 22) | ((wide & 8) << 28)  # a float32 2^127 times too small
+        found = exactly(bits.to(tl.float32, bitcast=True) * 1.7014118346046923e38, DOT)
+    elif KIND == "mxfp4":
         value = (0xC8643210 >> ((low & 7) * 4).to(tl.uint32)) & 15  # twice 0, 0.5, 1, 1.5, 2, 3, 4, 6
         number = value.to(tl.int8)
         found = tl.where(low > 7, -number, number).to(DOT)
+    elif tl.bfloat16 == DOT:
+        found = exactly(low.to(tl.float32) - (zeros.to(tl.float32) if ZEROS else 8.0), DOT)
     elif ZEROS:
         found = (low.to(tl.int8) - zeros.to(tl.int8)).to(DOT)
     else:
@@ -27,10 +35,15 @@ def nibbles(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.const
 
 
 @triton.jit
-def bytes_(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr):
-    """codes as DOT.  Of int8 with zero points, as DOT int8: codes still, since codes - zeros may take 9 bits."""
+def bytes_(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constexpr, CONVERTS: tl.constexpr):
+    """codes as DOT.  Of int8 with zero points, as DOT int8: codes still, since codes - zeros may take 9 bits.
+
+    CONVERTS: the chip has instructions that round to bfloat16.
+    """
     if KIND == "fp8" and codes.dtype == tl.uint8:
         found = e4m3(codes, DOT)
+    elif KIND == "int8" and tl.bfloat16 == DOT and not CONVERTS:
+        found = exactly(codes.to(tl.float32) - (zeros.to(tl.float32) if ZEROS else 0.0), DOT)
     elif ZEROS and tl.int8 != DOT:
         found = (codes.to(tl.int16) - zeros.to(tl.int16)).to(DOT)
     else:

@@ -1,33 +1,47 @@
-"""A quantized weight as a dense one, for a call with many rows: unpacked once, instead of in every tile of rows.
+"""A quantized weight for a call with many rows: unpacked once, instead of in every tile of rows.
 
     dense[n, k] = (q[n, k] - zero) * scale / top[n]      top[n]: the largest scale of the row, where groups have scales
+    bytes[n, k] = q[n, k] - zero                         where x is rounded to 8 bits too, and scales are of groups
 
-rounded to the dtype of x.  The product multiplies by top[n] in float32, so that small and large scales fit float16.
+dense is rounded to the dtype of x.  The product multiplies by top[n] in float32, so that small and large scales fit
+float16.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from ._codes import bytes_, nibbles, scales_of
+from ._codes import bytes_, e4m3, nibbles, scales_of
 from ._launch import INTERPRETED, blocks, launch
 from ._ptx import after_previous
 
 
 def dequantized(form, dtype):
     """(dense [features, columns] in `dtype`, the scales of its rows [1, features])."""
+    tops = form.tops if form.group else form.scales
+    return _unpacked(form, form.scales, tops, dtype), tops
+
+
+def in_bytes(form, dtype):
+    """The form with `dtype`, int8 or the chip's own e4m3, for each number; its scales are still to be applied."""
+    kind = "int8" if dtype == torch.int8 else "fp8"
+    return replace(form, kind=kind, values=_unpacked(form, None, None, dtype), zeros=None, words=None)
+
+
+def _unpacked(form, scales, tops, dtype):
     features, columns = form.shape
     dense = torch.empty((features, columns), dtype=dtype, device=form.values.device)
     values = form.values.view(torch.uint8) if form.kind == "fp8" else form.values
     block = {"BLOCK_N": 128 if INTERPRETED else 8, "BLOCK_K": 512}
     grid = (blocks(columns, block["BLOCK_K"]), blocks(features, block["BLOCK_N"]))
-    tops = form.tops if form.group else form.scales
     launch(
         _dequantize, grid, dense,
-        values, form.scales, form.zeros, tops, dense, features, columns, values.stride(0),
+        values, scales, form.zeros, tops, dense, features, columns, values.stride(0),
         KIND=form.kind, GROUP=form.group, SCALE_ROWS=form.scale_rows, **block,
     )  # fmt: skip
-    return dense, tops
+    return dense
 
 
 @triton.jit
@@ -36,7 +50,7 @@ def _dequantize(
     KIND: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """values, scales, zeros: see _product.multiply -> dense [features, columns], contiguous."""
+    """values, scales, zeros: see _product.multiply -> dense [features, columns], contiguous; scales None: bytes."""
     after_previous(CHAINED)
     PACKED: tl.constexpr = KIND == "int4" or KIND == "mxfp4"
     WIDTH: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
@@ -51,9 +65,10 @@ def _dequantize(
         low, high = nibbles(codes, 0, False, KIND, tl.float32), nibbles(codes >> 4, 0, False, KIND, tl.float32)
         number = tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K))
     else:
-        number = bytes_(codes, 0, False, KIND, tl.float32)
+        OWN: tl.constexpr = tl.float8e4b8 == dense.dtype.element_ty
+        number = e4m3(codes, tl.float8e4b8) if OWN else bytes_(codes, 0, False, KIND, tl.float32, True)
     inside = there & (column < columns)[None, :]
-    if GROUP:
+    if GROUP and (scales is not None or zeros is not None):
         SPAN: tl.constexpr = GROUP if GROUP < BLOCK_K else BLOCK_K
         groups = tl.cdiv(columns, GROUP)
         group = tl.program_id(0) * BLOCK_K // GROUP + tl.arange(0, BLOCK_K // SPAN)
@@ -62,9 +77,10 @@ def _dequantize(
         number = tl.reshape(number, (BLOCK_N, BLOCK_K // SPAN, SPAN))
         if zeros is not None:
             number -= _zeros(zeros, beside, held, KIND)[:, :, None]
-        top = tl.load(tops + feature, mask=feature < features, other=1.0)[:, None]
-        factor = scales_of(tl.load(scales + beside, mask=held, other=0), KIND) / top
-        number = tl.reshape(number * factor[:, :, None], (BLOCK_N, BLOCK_K))
+        if scales is not None:
+            top = tl.load(tops + feature, mask=feature < features, other=1.0)[:, None]
+            number *= (scales_of(tl.load(scales + beside, mask=held, other=0), KIND) / top)[:, :, None]
+        number = tl.reshape(number, (BLOCK_N, BLOCK_K))
     elif zeros is not None:
         number -= _zeros(zeros, feature[:, None], there, KIND)
     out = dense + (feature.to(tl.int64) * columns)[:, None] + column[None, :]

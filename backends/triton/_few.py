@@ -107,7 +107,7 @@ def multiply_few(
             part = _dot(high, odd, _dot(low, even, None, SUM, SLICES), SUM, SLICES)
         else:
             codes = loaded(weight_rows + column[None, :], column[None, :], columns, EVEN)
-            b = bytes_(_sliced(codes, SLICES), zero[:, :, None], ZEROS, KIND, DOT)
+            b = bytes_(_sliced(codes, SLICES), zero[:, :, None], ZEROS, KIND, DOT, PTX)
             part = _dot(b, a, None, SUM, SLICES)
             if ZEROS and tl.int8 == DOT:  # q - zero may take 9 bits
                 part -= tl.sum(_turned(a, SLICES).to(tl.int32), 1)[:, None, :] * zero.to(tl.int32)[:, :, None]

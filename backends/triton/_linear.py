@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._chip import chip_of
-from ._dequantize import dequantized
+from ._dequantize import dequantized, in_bytes
 from ._few import multiply_few
 from ._launch import INTERPRETED, blocks, computed, launch, power, readable, rounded, rows_of
 from ._product import finish, multiply
@@ -59,9 +59,14 @@ def linear(
             group=form.x_group, scale=form.input_scale, permutation=form.permutation, dtype=held,
         )  # fmt: skip
         factor = 4.0 if held == torch.float8_e4m3fnuz else 1.0  # the values of both sides are halved
-    if count >= MANY and form.kind != "dense" and columns >= LEAST_COLUMNS and _dense_pays(form, rows.dtype):
-        values, scales = dequantized(form, rows.dtype)
-        form = Form("dense", form.shape, values, scales)
+    if count >= MANY and form.kind != "dense" and columns >= LEAST_COLUMNS:
+        if _dense_pays(form, rows.dtype):
+            values, scales = dequantized(form, rows.dtype)
+            form = Form("dense", form.shape, values, scales)
+        elif form.kind == "int4":
+            form = in_bytes(form, torch.int8)
+        elif rows.dtype == torch.float8_e4m3fnuz:
+            form = in_bytes(form, rows.dtype)
     _multiply(
         rows, form, y, x_scales=x_scales, factor=factor, bias=bias, activation=activation, gated=gated,
     )  # fmt: skip
@@ -104,7 +109,7 @@ def _fp8(chip):
 def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     (rows, columns), features, device = x.shape, form.shape[0], x.device
     kind, group, values = form.kind, form.group, form.values
-    if kind == "fp8" and x.dtype != torch.float8_e4m3fn:
+    if values.dtype == torch.float8_e4m3fn and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
     common = {
         "KIND": kind, "DOT": DOT[x.dtype], "GROUP": group, "X_GROUPED": form.x_group > 0, "SCALE_ROWS": form.scale_rows,

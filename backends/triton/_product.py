@@ -107,7 +107,7 @@ def multiply(
                 codes = _described(weight, tile_n, start, GATED, BLOCK_N, BLOCK_K)
             else:
                 codes = loaded(weight_rows + column[None, :], column[None, :], columns, EVEN)
-            b = bytes_(codes, spread, ZEROS, KIND, DOT)
+            b = bytes_(codes, spread, ZEROS, KIND, DOT, PTX)
             if FOLD:
                 b = _folded(b, _fold_at(scales, scale_at, start, columns, KIND, GROUP, BLOCK_K).to(DOT))
             part = _dot(a.to(DOT), b, None if AFTER else sums)

@@ -55,7 +55,9 @@ def tiles_few(block_m, features, columns, kind, dot, group, chip):
     else:
         block_n = 16 if kind == "dense" and not deep and features < 64 * chip.processors else 32
         slices, warps, stages = 4, 4, 2
-    wanted = 2 * chip.processors if short or (deep and not large) else chip.processors // (2 if large else 1)
+    # Memory is kept busy by what all programs have asked for: two a processor where shared memory holds few passes.
+    twice = short or chip.amd or (deep and not large)
+    wanted = 2 * chip.processors if twice else chip.processors // (2 if large else 1)
     return {
         "BLOCK_N": block_n, "WIDE": wide, "SLICES": slices,
         "SPLIT": _split(blocks(features, block_n), wanted, columns, slices * wide),
@@ -109,6 +111,8 @@ def _many(rows, features, dot, group, chip):
     eight_bits = dot.itemsize == 1
     if chip.shared < LARGE_SHARED:
         return 64 if chip.rdna and group else 128, 128, 128 if eight_bits else 64, 8, 8, 2
+    if group and dot == torch.int8:  # a scale for each feature, and the next: registers
+        return 64, 128, 128, 8, 8, 4
     if blocks(rows, 128) * blocks(features, 256) < chip.processors:
         if group:  # a second set of sums takes registers
             return 128, 128, 128 if eight_bits else 64, 8, 8, 4

@@ -114,17 +114,22 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
         block = 32 if wide <= 128 and not chip.rdna else 16
         warps = 4 if chip.amd and wide > 256 else 8  # a lane of 8 has 256 registers there
         return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
+    # AMD: Triton gives each wave whole rows of the first product, so those beyond one for 16 rows would multiply, and
+    # unpack, the same keys again.  They are as many as registers ask for.
     if chip.rdna:
-        return {
-            "BLOCK_M": power(rows, 16, 32 if wide <= 128 else 16),
-            "BLOCK_N": 16,
-            "num_warps": 4 if rows <= 16 else 8,
-            "num_stages": 1,
-        }
+        if wide > 128:
+            block_m, block_n, waves = 16, 16, 4
+        elif chip.arch.startswith("gfx11"):
+            block_m, block_n, waves = (16, 16, 4 if window else 2) if rows <= 16 else (64, 16, 2)
+        else:
+            block_m, waves = power(rows, 16, 128), 1
+            block_n = 16 if block_m == 32 else 32  # two waves stage more keys each than eight, beside masks
+        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": waves * block_m // 16, "num_stages": 1}
     if rows <= 64 or wide > 256:  # decode: bytes in flight matter
-        block_m = power(rows, 16, 64 if wide <= 256 else 16)
+        block_m = power(rows, 16, 64 if wide <= 256 or chip.amd else 16)
         if chip.amd:
-            return {"BLOCK_M": block_m, "BLOCK_N": 64 if wide <= 128 else 32, "num_warps": 4, "num_stages": 1}
+            block_n = 64 if wide <= 128 else 32 if wide <= 256 else 16
+            return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": block_m // 16, "num_stages": 1}
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
         light = block_m == 16 and wide <= 128 and cached > 1
@@ -150,8 +155,10 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
 
 def _shares(chip, tiles, programs, keys, bytes_each):
     """How many programs share the keys of a tile: a power of two, so that no processor is idle."""
-    resident = chip.processors * (2 if tiles["BLOCK_M"] < 64 else 1)
-    wanted = min(resident // programs, keys // (2 * tiles["BLOCK_N"]), SHARE_BYTES // bytes_each, 64)
+    each = 2 if tiles["BLOCK_M"] < 64 else 1
+    if chip.amd:
+        each = max(each, 4 // tiles["num_warps"])  # a wave for each of a processor's four SIMDs
+    wanted = min(chip.processors * each // programs, keys // (2 * tiles["BLOCK_N"]), SHARE_BYTES // bytes_each, 64)
     return power(wanted + 1) // 2 or 1
 
 

@@ -22,6 +22,7 @@ def rounded(x, dtype, group=0, scale=None):
     """
     hidden, (low, high) = x.shape[-1], RANGE[dtype]
     if group:
+        group = min(group, hidden) or 1
         x = pad(x, (0, -hidden % group)).unflatten(-1, (-1 if hidden else 0, group))
     peak = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     finite = peak.isfinite()

@@ -13,7 +13,7 @@ _FP8 = {"float8_e4m3fn": (3, -6), "float8_e5m2": (2, -14)}  # bits of the fracti
 def scaled(x, dtype, group=0, scale=None):
     """(x / scale, saturated and not rounded [*rows hidden], scales [*rows groups]), of float32 x."""
     hidden = x.shape[-1]
-    width = group or max(hidden, 1)
+    width = min(group or hidden, hidden) or 1
     groups = -(-hidden // width) if group else 1
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * width - hidden)])
     grouped = padded.reshape(*x.shape[:-1], groups, width)

@@ -28,7 +28,7 @@ def plain(x, weight, *, norm, norm_weight, norm_bias, residual, bias, activation
     s = x.astype("float32") if residual is None else x.astype("float32") + residual.astype("float32")
     n = s - s.mean(-1, keepdims=True) if norm == "layer" else s
     if norm != "none":
-        n = n / jnp.sqrt((n * n).mean(-1, keepdims=True) + eps)
+        n = n / jnp.sqrt((n * n).mean(-1, keepdims=True) + float(eps))
     n = n if norm_weight is None else n * norm_weight.astype("float32")
     n = n if norm_bias is None else n + norm_bias.astype("float32")
     z = product(n, weight)

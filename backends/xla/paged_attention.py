@@ -31,12 +31,12 @@ def plain(
     width = width_of(tokens, seqs)
     blocks, block, place = cut(cu_seqlens_q, seq_lens, tokens, width)
     rows = jnp.clip(blocks.first[:, None] + jnp.arange(width), 0, tokens - 1)  # [blocks width]
-    factor = dim**-0.5 if scale is None else scale
+    factor = dim**-0.5 if scale is None else float(scale)
     factor = factor if k_scale is None else factor * k_scale.reshape(-1, 1, 1)
     queries = q.astype("float32").reshape(tokens, kv_heads, group, dim) * factor
     out, lse = attend(
         queries[rows].transpose(0, 2, 3, 1, 4), k_cache, v_cache, block_table, blocks, width,
-        causal=causal and tree_mask is None, window=window, soft_cap=soft_cap, sinks=sinks, slopes=alibi_slopes,
+        causal=causal and tree_mask is None, window=window, soft_cap=float(soft_cap), sinks=sinks, slopes=alibi_slopes,
         tree=None if tree_mask is None else tree_mask[rows],
     )  # fmt: skip
     out = out if v_scale is None else out * v_scale.reshape(-1, 1, 1, 1)

@@ -15,7 +15,7 @@ def refuse(x, weight, *, residual, eps):
 
 def plain(x, weight, *, residual=None, eps=1e-6):
     s = x.astype("float32") if residual is None else x.astype("float32") + residual.astype("float32")
-    y = s / jnp.sqrt((s * s).mean(-1, keepdims=True) + eps) * weight.astype("float32")
+    y = s / jnp.sqrt((s * s).mean(-1, keepdims=True) + float(eps)) * weight.astype("float32")
     return y.astype(x.dtype) if residual is None else (y.astype(x.dtype), s.astype(x.dtype))
 
 

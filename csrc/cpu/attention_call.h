@@ -120,7 +120,7 @@ LLMKERNELS_INLINE float finish_scores(const AttentionCall& call, const Visible& 
   const auto every = [&](auto change) {
     Floats top = broadcast(kNothing);
     for (int64_t i = 0; i < count; i += kLanes) {
-      const Floats changed = change(load(scores + i));
+      const Floats changed = change(load(scores + i), i);
       store(scores + i, changed);
       top = max(top, changed);
     }
@@ -128,13 +128,21 @@ LLMKERNELS_INLINE float finish_scores(const AttentionCall& call, const Visible& 
   };
   const int64_t lo = seen.lo - first, hi = seen.hi - first, fresh = seen.first_new - first;
   const bool all_seen = lo <= 0 && hi >= count && !(seen.tree && fresh < count);
-  if (all_seen && call.soft_cap == 0 && !call.alibi_slopes)
-    return every([&](Floats s) { return s * broadcast(scale); });
+  const bool plain = call.soft_cap == 0 && !call.alibi_slopes && !seen.tree;
+  if (all_seen && plain) return every([&](Floats s, int64_t) { return s * broadcast(scale); });
+  if (plain) {
+    Floats lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = float(i);
+    return every([&](Floats s, int64_t i) {  // a key before lo, or from hi on, is not seen
+      const Floats below = broadcast(float(lo - i)), above = broadcast(float(hi - i)), nothing = broadcast(kNothing);
+      return less(lane, below, nothing, less(lane, above, s * broadcast(scale), nothing));
+    });
+  }
   if (call.soft_cap > 0) {
     const Floats inner = broadcast(scale / call.soft_cap), cap = broadcast(call.soft_cap);
-    every([&](Floats s) { return cap * tanh(s * inner); });
+    every([&](Floats s, int64_t) { return cap * tanh(s * inner); });
   } else {
-    every([&](Floats s) { return s * broadcast(scale); });
+    every([&](Floats s, int64_t) { return s * broadcast(scale); });
   }
   if (call.alibi_slopes)
     for (int64_t i = 0; i < count; ++i) scores[i] += slope * float(first + i - seen.position);
@@ -143,7 +151,7 @@ LLMKERNELS_INLINE float finish_scores(const AttentionCall& call, const Visible& 
   if (seen.tree)
     for (int64_t i = most<int64_t>(0, fresh); i < least(count, hi); ++i)
       if (!(seen.tree[(i - fresh) / 32] >> ((i - fresh) % 32) & 1)) scores[i] = kNothing;
-  return every([](Floats s) { return s; });
+  return every([](Floats s, int64_t) { return s; });
 }
 
 // exp(score - largest) in `weights`, which may be the scores; returns their sum.
@@ -151,7 +159,13 @@ template <class T>
 LLMKERNELS_INLINE float exponentials(const float* scores, int64_t count, float largest, T* weights) {
   const Floats top = broadcast(largest == kNothing ? 0.0f : largest);
   Floats total = zeros();
-  for (int64_t i = 0; i < count; i += kLanes) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    const Floats first = exp(load(scores + i) - top), second = exp(load(scores + i + kLanes) - top);
+    store_weights(weights + i, first, second);
+    total = total + first + second;
+  }
+  if (i < count) {
     const Floats weight = exp(load(scores + i) - top);
     store(weights + i, weight);
     total = total + weight;

@@ -36,8 +36,9 @@ struct ManyBuffers {
   using Element = typename CellsOf<kPaired>::Element;
   static constexpr int kDepth = CellsOf<kPaired>::kDepth;
   int64_t depth, width;  // cells of a query, floats of a row of values
-  Element *queries, *keys, *values, *weights, *row;
-  float *scores, *rescale;
+  Element *queries, *keys, *values, *weights;
+  float *scores, *rescale, *tops;
+  Visible* seen;
   const T** list;
   uintptr_t end;
 
@@ -48,25 +49,42 @@ struct ManyBuffers {
     carver.take(keys, depth * kTileKeys * kDepth);
     carver.take(values, width * kTileKeys);
     carver.take(weights, kManyRows * kTileKeys);
-    carver.take(row, depth * kDepth);
     carver.take(scores, kManyRows * kTileKeys);
     carver.take(rescale, kManyRows);
+    carver.take(tops, kManyRows);
+    carver.take(seen, kManyRows);
     carver.take(list, kTileKeys);
     end = carver.end;
   }
 };
 
-// keys[d, j] = channel d of key j; a column behind the last key keeps what it held, and its score is never seen.
+// keys[d, j] = cell d of key j, kLanes keys at once; a column behind the last key holds that key again, and its score is
+// never seen.
 template <class T, bool kPaired>
 void pack_keys(const AttentionCall& call, const ManyBuffers<T, kPaired>& to, int64_t count) {
+  using Element = typename ManyBuffers<T, kPaired>::Element;
   constexpr int kDepth = ManyBuffers<T, kPaired>::kDepth;
-  for (int64_t j = 0; j < count; ++j) {
-    convert(to.list[j], call.dim, to.row);
-    const uint32_t* cells = reinterpret_cast<const uint32_t*>(to.row);
-    uint32_t* column = reinterpret_cast<uint32_t*>(to.keys) + j;
-    for (int64_t d = 0; d < to.depth; ++d) column[d * kTileKeys] = cells[d];
-  }
-  static_assert(kDepth * sizeof(typename ManyBuffers<T, kPaired>::Element) == sizeof(uint32_t));
+  for (int64_t j = 0; j < count; j += kLanes)
+    for (int64_t d = 0; d < to.depth; d += kLanes) {
+      const int64_t n = least<int64_t>(kLanes * kDepth, call.dim - d * kDepth);
+      Floats cells[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T* key = to.list[least(j + lane, count - 1)] + d * kDepth;
+        if constexpr (std::is_same_v<T, Element>) {
+          if (n == kLanes * kDepth) {
+            std::memcpy(&cells[lane], key, sizeof(Floats));
+            continue;
+          }
+        }
+        Element converted[kLanes * kDepth] = {};
+        convert(key, n, converted);
+        std::memcpy(&cells[lane], converted, sizeof(Floats));
+      }
+      transpose(cells);
+      float* columns = reinterpret_cast<float*>(to.keys) + d * kTileKeys + j;
+      for (int64_t i = 0; i < least<int64_t>(kLanes, to.depth - d); ++i) store(columns + i * kTileKeys, cells[i]);
+    }
 }
 
 // to[c] = the pair of a[c] and b[c]; b may be null, which is zeros.
@@ -106,7 +124,6 @@ Status attend_head(const AttentionCall& call, const Unit& unit, char* memory, Pa
   const int64_t rows = unit.rows();
   const float scale = score_scale(call, unit.head);
 
-  for (int64_t d = call.dim; d < to.depth * kDepth; ++d) to.row[d] = Element{};
   for (int64_t r = 0; r < rows; ++r) {
     Element* query = to.queries + r * to.depth * kDepth;
     query[to.depth * kDepth - 1] = Element{};
@@ -116,6 +133,7 @@ Status attend_head(const AttentionCall& call, const Unit& unit, char* memory, Pa
       return kOk;
     });
     found.clear(r, to.width);
+    to.seen[r] = visible(call, unit.seq, unit.first_row + r);
   }
   for (int64_t first = unit.first_key; first < unit.end_key; first += kTileKeys) {
     const int64_t count = least(kTileKeys, unit.end_key - first);
@@ -123,17 +141,19 @@ Status attend_head(const AttentionCall& call, const Unit& unit, char* memory, Pa
     pack_keys(call, to, count);
     multiply<Cells>(rows, kTileKeys, to.queries, to.depth, to.keys, kTileKeys, to.depth, nullptr, to.scores, kTileKeys);
     for (int64_t r = 0; r < rows; ++r) {
-      float* scores = to.scores + r * kTileKeys;
-      Visible seen = visible(call, unit.seq, unit.first_row + r);
+      Visible seen = to.seen[r];
       seen.hi = least(seen.hi, first + count);
-      const float before = found.largest[r];
       const float bias = slope(call, unit.head, unit.first_row + r);
-      const float top = most(before, finish_scores(call, seen, scale, bias, first, kTileKeys, scores));
-      const float fade = before == kNothing ? 0.0f : expf(before - top);
-      found.largest[r] = top;
-      found.total[r] = fade * found.total[r] + exponentials(scores, kTileKeys, top, to.weights + r * kTileKeys);
-      to.rescale[r] = fade;
+      to.tops[r] = finish_scores(call, seen, scale, bias, first, kTileKeys, to.scores + r * kTileKeys);
     }
+    each_vector(rows, [&](int64_t r, auto n) {  // all rows' at once: what they have summed counts so much from now on
+      const Floats before = load(found.largest + r, n), top = max(before, load(to.tops + r, n));
+      store(found.largest + r, top, n);
+      store(to.rescale + r, less(broadcast(kNothing), before, exp(before - top), zeros()), n);
+    });
+    for (int64_t r = 0; r < rows; ++r)
+      found.total[r] = to.rescale[r] * found.total[r] + exponentials(to.scores + r * kTileKeys, kTileKeys,
+                                                                      found.largest[r], to.weights + r * kTileKeys);
     if (!addresses(call, unit, true, first, count, to.list)) return kBadIndex;
     pack_values(call, to, count);
     multiply<Cells>(rows, to.width, to.weights, kTileKeys / kDepth, to.values, to.width, kTileKeys / kDepth, to.rescale,

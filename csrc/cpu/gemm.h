@@ -20,7 +20,6 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 constexpr int kBlock = 256;     // rows of a unit: 64 KiB of totals
 constexpr int kPrepared = 512;  // rows prepared at a time
-constexpr int kFewDense = 64;   // rows up to which a dense weight is read as it lies
 constexpr int64_t kPreparing = 16;  // what preparing an element costs, in elements of parallel_ranges
 constexpr int64_t kFewProducts = 65536;  // below these one thread is done before a second one has begun
 
@@ -30,6 +29,7 @@ struct Bench {
   alignas(64) uint8_t panel[kChunk<float> * kPanel * sizeof(float)];
   alignas(64) float scales[kAbreast * kPanel];
   alignas(64) float offsets[kAbreast * kPanel];
+  alignas(64) float kept[kFewDense * kFewChannels * kLanes];  // sums of few rows between two stretches of columns
 };
 
 // Scales and offsets of one group of `panels` panels.
@@ -58,6 +58,7 @@ struct PackedWeight {
   static constexpr bool kScaled = __is_same(Source, Int4Scaled);
   static int64_t chunk(const GemmCall& call) { return call.group ? least(call.group, kChunk<Input>) : kChunk<Input>; }
   static int64_t line(const GemmCall&) { return kChunk<Input>; }
+  static bool ready(const GemmCall&) { return false; }  // whether x can be multiplied as it lies
   // Panels of a unit: two of few rows, unless threads would go without work.
   static int abreast(const GemmCall& call) {
     return call.rows <= 2 && call.panels() >= 2 * kAbreast * call.threads ? kAbreast : 1;
@@ -90,11 +91,15 @@ struct DenseWeight {
   static constexpr bool kScaled = false;
   static bool few(const GemmCall& call) { return call.rows <= kFewDense; }
   static int64_t chunk(const GemmCall& call) { return few(call) ? most<int64_t>(call.padded(), 8) : kChunk<Input>; }
-  static int64_t line(const GemmCall& call) { return chunk(call); }
+  static int64_t line(const GemmCall& call) { return ready(call) ? call.x_stride : chunk(call); }
+  static bool ready(const GemmCall& call) {
+    return __is_same(T, Input) && few(call) && call.norm == kNoNorm && !call.residual && !call.residual_out &&
+           call.rounding == kNoRounding && !call.permutation && call.x_stride >= most<int64_t>(call.columns, 1);
+  }
   static int abreast(const GemmCall&) { return 1; }
 
   static void multiply(const GemmCall& call, int64_t panel, int, const Rows<Input>& x, int64_t first, int rows, Bench& bench) {
-    if (few(call)) return multiply_dense_few<T>(call, panel, x, first, rows, bench.totals);
+    if (few(call)) return multiply_dense_few<T>(call, panel, x, first, rows, bench.kept, bench.totals);
     for (int c = 0; c < kPanel; ++c) bench.scales[c] = 1.0f;
     for (int64_t c = 0; c < x.chunks; ++c) {
       const int64_t at = c * x.count + first;
@@ -112,14 +117,18 @@ Status multiply(const GemmCall& call) {
   for (int64_t begin = 0; begin < call.rows; begin += kPrepared) {
     const int64_t count = least<int64_t>(kPrepared, call.rows - begin);
     Rows<Input> x(count, Weight::chunk(call), Weight::line(call), padded);
-    void* memory = scratch(kShared, most<int64_t>(x.bytes(), 1));
-    if (!memory) return kOutOfMemory;
-    x.place(memory);
-    parallel_ranges(count, kPreparing * padded, call.threads, [&](int64_t from, int64_t to) {
-      float* work = static_cast<float*>(scratch(kOwn, 2 * (padded + kLanes) * int64_t(sizeof(float))));
-      if (!work) return __atomic_store_n(&starved, true, __ATOMIC_RELAXED);
-      for (int64_t row = from; row < to; ++row) prepare_row<Weight, T>(call, begin + row, x, row, work);
-    });
+    if (Weight::ready(call)) {
+      x.x = static_cast<Input*>(const_cast<void*>(call.x)) + begin * call.x_stride;
+    } else {
+      void* memory = scratch(kShared, most<int64_t>(x.bytes(), 1));
+      if (!memory) return kOutOfMemory;
+      x.place(memory);
+      parallel_ranges(count, kPreparing * padded, call.threads, [&](int64_t from, int64_t to) {
+        float* work = static_cast<float*>(scratch(kOwn, 2 * (padded + kLanes) * int64_t(sizeof(float))));
+        if (!work) return __atomic_store_n(&starved, true, __ATOMIC_RELAXED);
+        for (int64_t row = from; row < to; ++row) prepare_row<Weight, T>(call, begin + row, x, row, work);
+      });
+    }
     const int64_t blocks = ceil_div(count, int64_t{kBlock}), products = count * padded * kPanel * call.panels();
     const int64_t abreast = Weight::abreast(call), units = ceil_div(call.panels(), abreast);
     parallel_tasks(units * blocks, products < kFewProducts ? 1 : call.threads, [&](int64_t task) {

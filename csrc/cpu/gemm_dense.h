@@ -10,6 +10,8 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 constexpr int kFewChannels = 4;  // multiplied at once: they share each load of x
 constexpr int kFewRowsAtOnce = kRegisters == 32 ? 4 : 2;
+constexpr int kFewDense = 64;        // rows up to which a dense weight is read as it lies
+constexpr int64_t kStretch = 2048;   // bytes of a row of the weight: with as many of x, half the first cache
 
 // What a vector of the weight meets: as many columns as float32 has lanes, or pairs of bfloat16.
 template <class Input>
@@ -38,14 +40,22 @@ struct Ahead {
   }
 };
 
-// totals[row][c] of Rows rows for Channels rows of the weight.
+// Columns that are multiplied in one pass: the sums over those before lie in `kept`, and go there again unless these are
+// the last ones.
+struct Stretch {
+  int64_t begin, end;
+  bool first, last;
+};
+
+// totals[row][c] of Rows rows for Channels rows of the weight; kept: [Rows * Channels][kLanes].
 template <int Rows, int Channels, int Lines, class T, class Input>
-LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, int64_t x_stride, int64_t columns,
-                            Ahead<Lines>& ahead, float* totals) {
+LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, int64_t x_stride, const Stretch& stretch,
+                            Ahead<Lines>& ahead, float* kept, float* totals) {
   using Span = decltype(load_span(x));
-  Floats sum_of[Rows * Channels];
+  constexpr int kSums = Rows * Channels;
+  Floats sum_of[most(kSums, kLanes)];
 #pragma GCC unroll 16
-  for (Floats& sum : sum_of) sum = zeros();
+  for (int k = 0; k < kSums; ++k) sum_of[k] = stretch.first ? zeros() : load(kept + k * kLanes);
   const auto multiply = [&](const auto& weights, const Input* xs, int64_t stride, int64_t i) {
     Span w[Channels];
 #pragma GCC unroll 16
@@ -58,46 +68,56 @@ LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, 
         sum_of[row * Channels + c] = product(sum_of[row * Channels + c], w[c], value);
     }
   };
-  int64_t i = 0;
-  for (; i + kSpan<Input> <= columns; i += kSpan<Input>) {
+  int64_t i = stretch.begin;
+  for (; i + kSpan<Input> <= stretch.end; i += kSpan<Input>) {
     ahead.step();
     multiply(weight, x, x_stride, i);
   }
-  if (i < columns) {  // the last columns, with zeros behind them
+  if (i < stretch.end) {  // the last columns, with zeros behind them
+    const int64_t left = stretch.end - i;
     T rest[Channels][kSpan<Input>] = {};
     Input rest_x[Rows][kSpan<Input>] = {};
-    for (int c = 0; c < Channels; ++c) std::memcpy(rest[c], weight[c] + i, (columns - i) * sizeof(T));
-    for (int row = 0; row < Rows; ++row) std::memcpy(rest_x[row], x + row * x_stride + i, (columns - i) * sizeof(Input));
+    for (int c = 0; c < Channels; ++c) std::memcpy(rest[c], weight[c] + i, left * sizeof(T));
+    for (int row = 0; row < Rows; ++row) std::memcpy(rest_x[row], x + row * x_stride + i, left * sizeof(Input));
     multiply(rest, rest_x[0], kSpan<Input>, 0);
   }
-  float found[Rows * Channels];
-  if constexpr (Rows * Channels == kLanes) {
-    store(found, sums(sum_of));
+  if (!stretch.last) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kSums; ++k) store(kept + k * kLanes, sum_of[k]);
+    return;
+  }
+  float found[most(kSums, kLanes)];
+  if constexpr (kSums <= kLanes && 2 * kSums >= kLanes) {  // all at once, with zeros where there are fewer than lanes
+    for (int k = kSums; k < kLanes; ++k) sum_of[k] = zeros();
+    store(found, sums(reinterpret_cast<const Floats(&)[kLanes]>(sum_of)));
   } else {
 #pragma GCC unroll 16
-    for (int k = 0; k < Rows * Channels; ++k) found[k] = sum(sum_of[k]);
+    for (int k = 0; k < kSums; ++k) found[k] = sum(sum_of[k]);
   }
   for (int row = 0; row < Rows; ++row) std::memcpy(totals + row * kPanel, found + row * Channels, Channels * sizeof(float));
 }
 
 template <int Most, int Channels, int Lines, class T, class Input>
-LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input* x, int64_t x_stride, int64_t columns,
-                                 int rows, Ahead<Lines>& ahead, float* totals) {
+LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input* x, int64_t x_stride,
+                                 const Stretch& stretch, int rows, Ahead<Lines>& ahead, float* kept, float* totals) {
   if constexpr (Most > 0) {
-    for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel)
-      dots<Most>(weight, x, x_stride, columns, ahead, totals);
-    dots_most<Most - 1>(weight, x, x_stride, columns, rows, ahead, totals);
+    for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel, kept += Most * Channels * kLanes)
+      dots<Most>(weight, x, x_stride, stretch, ahead, kept, totals);
+    dots_most<Most - 1>(weight, x, x_stride, stretch, rows, ahead, kept, totals);
   }
 }
 
 // totals[rows][64] of a panel, for few rows.  The rows of the weight that come kAhead bytes later are fetched meanwhile,
 // spread over the rows of x, so that memory has work as long as arithmetic has; behind the last ones those of the panel
-// that this thread takes next, if all are equally fast.
+// that this thread takes next, if all are equally fast.  Where rows of x take turns over long rows of the weight, they do
+// so stretch by stretch, which stay in the first cache.
 template <int Lines, class T, class Input>
-void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* totals) {
+void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* kept,
+                        float* totals) {
   const T* values = static_cast<const T*>(call.values);
   const int64_t bytes = most<int64_t>(kFewChannels * call.values_stride * sizeof(T), 1);
   const int later = kFewChannels * int(least<int64_t>(kPanel / kFewChannels, ceil_div(int64_t{2 * kAhead}, bytes)));
+  const int64_t length = rows > kFewRowsAtOnce ? kStretch / int64_t(sizeof(T)) : call.columns;
   for (int channel = 0; channel < kPanel; channel += kFewChannels) {
     const T* weight[kFewChannels];
     for (int c = 0; c < kFewChannels; ++c)
@@ -106,16 +126,23 @@ void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& 
     const int64_t soon = call.feature(panel + then / kPanel * call.threads, then % kPanel);
     Ahead<Lines> ahead{reinterpret_cast<const char*>(values + most<int64_t>(soon, 0) * call.values_stride),
                        soon < 0 ? 0 : ceil_div(bytes, int64_t{64})};
-    dots_most<kFewRowsAtOnce>(weight, x.at(0, first), x.line, call.columns, rows, ahead, totals + channel);
+    Stretch stretch{0, 0, true, false};
+    for (; !stretch.last; stretch.begin = stretch.end, stretch.first = false) {
+      stretch.last = call.columns - stretch.begin < 2 * length;  // no short one at the end
+      stretch.end = stretch.last ? call.columns : stretch.begin + length;
+      dots_most<kFewRowsAtOnce>(weight, x.at(0, first), x.line, stretch, rows, ahead, kept, totals + channel);
+    }
   }
 }
 
 template <class T, class Input>
-void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* totals) {
+void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* kept,
+                        float* totals) {
   const int passes = ceil_div(rows, kFewRowsAtOnce);  // over each row of the weight
-  if (passes == 1) return multiply_dense_few<kFewChannels, T>(call, panel, x, first, rows, totals);
-  if (passes < kFewChannels) return multiply_dense_few<ceil_div(kFewChannels, 2), T>(call, panel, x, first, rows, totals);
-  multiply_dense_few<1, T>(call, panel, x, first, rows, totals);
+  if (passes == 1) return multiply_dense_few<kFewChannels, T>(call, panel, x, first, rows, kept, totals);
+  if (passes < kFewChannels)
+    return multiply_dense_few<ceil_div(kFewChannels, 2), T>(call, panel, x, first, rows, kept, totals);
+  multiply_dense_few<1, T>(call, panel, x, first, rows, kept, totals);
 }
 
 // totals[rows][64] += one chunk of a panel, for many rows; `scratch` holds a panel of the chunk.

@@ -10,6 +10,7 @@
 //   sum(v) largest(v) sums(v[kLanes])    of all lanes; sums gives lane i the sum of v[i]
 //   Pairs                         2 * kLanes bfloat16, two a lane: load_pairs, broadcast_pair, even, odd, interleave
 //   even_pairs(a, b)              pairs of an even element of a and the same one of b; odd_pairs likewise
+//   store_weights(p, v, w)        two vectors side by side; a processor may round subnormal ones to 0
 //   dot(a, b, c)                  c + a . b, a pair at a time, of Pairs; one instruction where kPairDot says so
 #pragma once
 #include "cpu/types.h"
@@ -26,9 +27,33 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 LLMKERNELS_INLINE Floats zeros() { return broadcast(0.0f); }
 
+template <class T>
+LLMKERNELS_INLINE void store_weights(T* to, Floats first, Floats second) {
+  store(to, first);
+  store(to + kLanes, second);
+}
+
 // The bits of each lane, as the compiler's own vector, and one byte for each lane.
 typedef uint32_t LaneBits __attribute__((vector_size(sizeof(Floats))));
 typedef uint8_t LaneBytes __attribute__((vector_size(kLanes)));
+
+// v[i][j] becomes v[j][i]: blocks of half the size change places, and again within each.
+template <int kBlock = kLanes / 2>
+LLMKERNELS_INLINE void transpose(Floats (&v)[kLanes]) {
+  LaneBits low, high;  // lanes of two vectors, those of the second counted from kLanes on
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low[lane] = lane & kBlock ? lane - kBlock + kLanes : lane;
+    high[lane] = lane & kBlock ? lane + kLanes : lane + kBlock;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kBlock) continue;
+    const LaneBits a = bit_cast<LaneBits>(v[i]), b = bit_cast<LaneBits>(v[i + kBlock]);
+    v[i] = bit_cast<Floats>(__builtin_shuffle(a, b, low));
+    v[i + kBlock] = bit_cast<Floats>(__builtin_shuffle(a, b, high));
+  }
+  if constexpr (kBlock > 1) transpose<kBlock / 2>(v);
+}
 
 // narrowed() of types.h for all lanes at once, saturated, with the sign: for formats of 8 bits.
 template <int kMantissa, int kBias, uint32_t kLargest>
@@ -117,6 +142,9 @@ LLMKERNELS_INLINE Floats tanh(Floats x) {
   return less(magnitude, broadcast(0.625f), small, less(x, zeros(), -large, large));
 }
 
-LLMKERNELS_INLINE Floats silu(Floats x) { return x / (exp(-x) + broadcast(1.0f)); }
+// -0 below -88, where exp(-x) is bounded and a quotient of -1e30 by it would not vanish; NaN of -inf.
+LLMKERNELS_INLINE Floats silu(Floats x) {
+  return less(x, broadcast(-88.0f), x * zeros(), x / (exp(-x) + broadcast(1.0f)));
+}
 
 }  // namespace llmkernels::LLMKERNELS_ISA

@@ -141,6 +141,9 @@ LLMKERNELS_INLINE Pairs even_pairs(Pairs a, Pairs b) {
 LLMKERNELS_INLINE Pairs odd_pairs(Pairs a, Pairs b) {
   return {_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a.bits, 16), b.bits)};
 }
+LLMKERNELS_INLINE void store_weights(bf16* to, Floats first, Floats second) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+}
 // 2 * kLanes floats in the order of memory, from the even and the odd ones.
 LLMKERNELS_INLINE void interleave(Floats& even, Floats& odd) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

@@ -21,7 +21,7 @@ from llmkernels.bench.cases import timed
 from llmkernels.bench.dispatch import overhead
 from llmkernels.bench.subject import PEER_SLACK, Call, Subject, as_jax, bound
 from llmkernels.bench.timing import Time, clocked, copies
-from llmkernels.discovery import REFERENCE, Unsupported, absent, backends, implementation, package
+from llmkernels.discovery import REFERENCE, Unsupported, absent, backends, emulating, implementation, package
 from llmkernels.inputs import inputs
 from llmkernels.roofline import Ceilings
 from llmkernels.settings import use
@@ -118,7 +118,8 @@ def measure(
 
 def candidates(op: str) -> list[str]:
     """The backends that have a kernel for `op` and can be used here; the reference where there is none."""
-    return [b for b in backends() if not absent(b) and implementation(b, op)] or [REFERENCE]
+    here = [b for b in backends() if not absent(b) and not emulating(b) and implementation(b, op)]
+    return here or [REFERENCE]
 
 
 def report(ceilings: Ceilings, lines: Iterable[Row | NotTimed]) -> dict[str, Any]:

@@ -57,9 +57,14 @@ def bench(
 
     if backend:
         discovery.check_name(backend, "--backend")
+        if discovery.emulating(backend):
+            raise ValueError(f"{backend} is emulated in this environment; how long that takes says nothing of a device")
     check_device(device)
     if op:
         registry.get(op)  # a wrong name is told before anything is measured
+    for file in (plot, Path(json) if json and json != "-" else None):
+        if file and not file.absolute().parent.is_dir():
+            raise ValueError(f"{file.parent} is not a directory, and {file.name} is to lie there: make it first")
     if plot:
         _needs_matplotlib()
     if dispatch:

@@ -26,8 +26,12 @@ def compile_(
     ] = None,
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     call: Annotated[
-        str | None, typer.Option(help="Of Pallas kernels, calls whose name contains this, for each target.")
+        str | None,
+        typer.Option(help="Of Pallas kernels, and with --limits: only calls whose name contains this."),
     ] = None,
+    limits: Annotated[
+        bool, typer.Option("--limits", help="Of the benchmarks' calls: how long each takes at least, and why.")
+    ] = False,
     every: Annotated[
         bool, typer.Option("--every", help="Every specialisation, not a choice that has each constant and type once.")
     ] = False,
@@ -41,7 +45,9 @@ def compile_(
     load: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Compile nothing: show this report.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Of --load, print the table of docs/triton.md.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Of --load or --limits, print the table of docs/triton.md.")
+    ] = False,
     keep: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report there.")] = None,
     record: Annotated[
         Path | None,
@@ -67,6 +73,9 @@ def compile_(
 
     discovery.check_name(backend, "--backend")
     wanted = [chips.find(name) for name in target or chips.CHIPS]
+    if limits:
+        _limits(backend, wanted, op, call or "", jobs, patience, cache, load, markdown, keep, json)
+        return
     if load:
         names = [chip.name for chip in wanted]
         loaded = [row for row in kept.read(load)["rows"] if row["target"] in names]
@@ -82,7 +91,8 @@ def compile_(
         raise ValueError(f"--backend is {backend!r}, which has no Triton kernels")
     old = kept.read(against) if against else None
     with progress("asking what is launched") as (bar, task):
-        found, problems = launches.record(backend, wanted, cache, op, lambda text: bar.update(task, description=text))
+        recorded = launches.record(backend, wanted, cache, op, lambda text: bar.update(task, description=text))
+    found, problems = recorded.launches, recorded.problems
     if not op:
         problems += [f"{name} is launched by no call" for name in launches.unreached(backend, found)]
     selected = found if every else launches.chosen(found, most)
@@ -103,6 +113,66 @@ def compile_(
         show_json(report)
     else:
         _show(rows, wanted, problems, f"{len(selected)} of {len(found)} specialisations")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _limits(
+    backend: str,
+    wanted: list["Chip"],
+    op: str | None,
+    call: str,
+    jobs: int,
+    patience: float,
+    cache: Path,
+    load: Path | None,
+    markdown: bool,
+    keep: Path | None,
+    json: bool,
+) -> None:
+    """`llmkernels compile --limits`: the options of compile_.  Exit code 1 where a call's kernels did not compile."""
+    from rich.table import Table
+
+    from llmkernels.crosscompile import launches
+    from llmkernels.crosscompile import limits as limit
+    from llmkernels.crosscompile import record as kept
+    from llmkernels.crosscompile.build import compile_all
+
+    if load:
+        names = [chip.name for chip in wanted]
+        rows = [one for one in limit.read(load)["rows"] if one["target"] in names and op in (None, one["op"])]
+        rows, problems = [one for one in rows if call in one["case"]], []
+    else:
+        with progress("asking what is launched") as (bar, task):
+            recorded = launches.record(
+                backend, wanted, cache, op, lambda text: bar.update(task, description=text), only_bench=True
+            )
+        planned = [one for one in recorded.planned if call in one.case]
+        selected = list({id(launch): launch for one in planned for launch, _ in one.launches}.values())
+        measured, problems = {}, recorded.problems
+        with progress("compiling", len(selected)) as (bar, task):
+            for built in compile_all(selected, jobs, patience, cache):
+                bar.update(task, advance=1, description=f"{built.launch.kernel} {built.launch.chip.name}")
+                if built.resources:
+                    measured[built.launch] = built.resources
+                else:
+                    problems.append(f"{built.launch.kernel} on {built.launch.chip.name}: {built.why}")
+        rows = sorted(limit.rows(planned, measured), key=limit.key)
+    report = limit.report(backend, rows)
+    if keep:
+        kept.write(keep, report, limit.key)
+    if json:
+        show_json(report | {"problems": problems})
+    elif markdown:
+        print(limit.markdown(rows))
+    else:
+        heads, *lines = limit.table(rows)
+        grid = Table(*heads, box=None, header_style="bold")
+        for cells in lines:
+            grid.add_row(*cells)
+        console().print(grid)
+        for text in problems:
+            console().print(f"[red]failed[/] {text}", soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 

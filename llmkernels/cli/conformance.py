@@ -56,7 +56,8 @@ def conformance(
         for result in testing.conform(backend, op, dtype, case, device, emulated, jobs):
             results.append(result)
             bar.update(task, advance=1, description=f"{result.op} {result.dtype} {result.case}")
-    mode, name = ("emulated" if emulated else "ran"), device_name(device)
+    mode = "emulated" if emulated or discovery.emulating(backend) else "ran"
+    name = device_name(device)
     if record:
         isa = None if backend == discovery.REFERENCE else getattr(discovery.package(backend), "isa", None)
         status.write(record, status.summarize(results, mode, name, isa and isa()))

@@ -7,13 +7,14 @@ a kernel that no call reaches is found by `unreached`.
 
 import ast
 import inspect
+import math
 import os
 import pkgutil
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 
 from llmkernels import quant, registry
 from llmkernels.bench.cases import timed
-from llmkernels.contract import Case, Contract
+from llmkernels.contract import Case, Contract, Cost
 from llmkernels.crosscompile.chips import CHIPS, Chip
 from llmkernels.discovery import backends, implementation
 from llmkernels.inputs import inputs
@@ -85,40 +86,69 @@ class Launch:
         return {*self.values.items(), *self.types.items(), *(("user", user) for user in self.users)}
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a call of the benchmarks launches on a chip, in this order, each with the number of its programs."""
+
+    op: str
+    case: str
+    chip: Chip
+    cost: Cost
+    read: float  # bytes of the cost that are not what it returns; half of them where it writes in place
+    launches: list[tuple[Launch, int]]
+
+
+@dataclass
+class Recorded:
+    launches: list[Launch]  # distinct ones
+    planned: list[Planned]
+    problems: list[str]  # what went wrong while asking, in sentences
+
+
 def record(
     backend: str,
     chips: list[Chip],
     cache: Path,
     op: str | None = None,
     seen: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Launch], list[str]]:
-    """Every distinct launch of the backend on each chip, and what went wrong while asking, in sentences.
+    only_bench: bool = False,
+) -> Recorded:
+    """Every distinct launch of the backend on each chip; with only_bench, those of the benchmarks' calls.
 
     A call that the backend refuses on a chip launches nothing there.  cache: a folder for the benchmarks' calls.
     """
     found: dict[tuple, Launch] = {}
+    planned: list[Planned] = []
     wrong: list[str] = []
     for contract, dtype, case, bench in _calls(backend, op):
+        if only_bench and not bench:
+            continue
         seen(f"{contract.name} {dtype} {case.name}")
         module = implementation(backend, contract.name)
-        call = _large(contract, case, dtype, cache) if bench else inputs(contract, case, dtype)
+        call, cost = _large(contract, case, dtype, cache) if bench else (inputs(contract, case, dtype), None)
         contract.validate(call)
         for chip in chips:
+            returned: list[torch.Tensor] = []
             with _standing_in(chip, backend) as noted:
                 try:
                     if any(reason[0] != "DEVICE" for reason in module.refuse(**call)):  # type: ignore[union-attr]
                         continue
-                    _call(contract, module.run, call)  # type: ignore[union-attr]
+                    returned = _call(contract, module.run, call)  # type: ignore[union-attr]
                 except Exception as error:  # whatever a backend raises is a finding
                     wrong.append(f"{contract.name} {dtype} {case.name!r} on {chip.name}: {_raised(error)}")
-            for function, signature, constants, attributes, options in noted:
+            steps = []
+            for function, signature, constants, attributes, options, programs in noted:
                 key = (function, chip.name, str(signature), str(constants), str(attributes), str(options))
                 name = f"{function.module.rpartition('.')[2]}.{function.fn.__name__}"
                 fresh = Launch(name, chip, function, signature, constants, attributes, options)
                 launch = found.setdefault(key, fresh)
                 launch.users.setdefault((contract.name, dtype), case.name)
                 launch.timed |= bench
-    return list(found.values()), wrong
+                steps.append((launch, programs))
+            if cost and steps:
+                written = sum(part.nbytes for part in returned) if returned else cost.bytes / 2
+                planned.append(Planned(contract.name, case.name, chip, cost, cost.bytes - written, steps))
+    return Recorded(list(found.values()), planned, wrong)
 
 
 def compiles(backend: str) -> bool:
@@ -180,19 +210,23 @@ def _calls(backend: str, op: str | None) -> Iterator[tuple[Contract, str, Case, 
             yield from ((contract, dtype, case, False) for case in contract.cases if not case.raises)
 
 
-def _large(contract: Contract, case: Case, dtype: str, cache: Path) -> dict[str, Any]:
-    """The call of a benchmark.  Drawing its numbers takes a minute in all, so shapes and strides are kept instead."""
-    made_by = [inspect.getsource(inspect.getmodule(part)) for part in (contract.inputs, inputs, quant.quantizer)]  # type: ignore[arg-type]
+def _large(contract: Contract, case: Case, dtype: str, cache: Path) -> tuple[dict[str, Any], Cost]:
+    """The call of a benchmark, and what it costs: shapes and strides are kept, for to draw its numbers takes long."""
+    parts = (contract.inputs, inputs, quant.quantizer, _large)
+    made_by = [inspect.getsource(inspect.getmodule(part)) for part in parts]  # type: ignore[arg-type]
     code = zlib.crc32(repr([made_by, case.name, dict(case.args), dtype, torch.__version__]).encode())
     file = cache / "calls" / f"{contract.name}-{code:08x}.pt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(inputs(contract, case, dtype, "meta"), aside := file.with_suffix(f".{os.getpid()}"))
+        drawn = inputs(contract, case, dtype)
+        kept = _with_memory(drawn, "meta"), asdict(contract.cost(drawn, contract.validate(drawn)))
+        torch.save(kept, aside := file.with_suffix(f".{os.getpid()}"))
         aside.replace(file)
-    return _with_memory(torch.load(file, weights_only=False))
+    call, cost = torch.load(file, weights_only=False)
+    return _with_memory(call, "cpu"), Cost(**cost)
 
 
-def _with_memory(call: dict[str, Any]) -> dict[str, Any]:
+def _with_memory(call: dict[str, Any], device: str) -> dict[str, Any]:
     """The call's arrays on memory that nobody has touched, so that it costs nothing; what shared memory still does."""
     memories: dict[int, Any] = {}
 
@@ -201,8 +235,8 @@ def _with_memory(call: dict[str, Any]) -> dict[str, Any]:
             return value
         old = value.untyped_storage()
         if old._cdata not in memories:
-            memories[old._cdata] = torch.empty(old.nbytes(), dtype=torch.uint8).untyped_storage()
-        fresh = torch.empty(0, dtype=value.dtype)
+            memories[old._cdata] = torch.empty(old.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+        fresh = torch.empty(0, dtype=value.dtype, device=device)
         return fresh.set_(memories[old._cdata], value.storage_offset(), value.shape, value.stride())
 
     return {name: value.map(move) if hasattr(value, "scheme") else move(value) for name, value in call.items()}
@@ -212,12 +246,15 @@ def _raised(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _call(contract: Contract, run: Callable, call: Mapping[str, Any]) -> None:
+def _call(contract: Contract, run: Callable, call: Mapping[str, Any]) -> list[torch.Tensor]:
+    """What the call returns."""
     parameters = contract.signature.parameters.values()
-    run(
+    found = run(
         *[call[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY],
         **{p.name: call[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY},
     )
+    parts = found if isinstance(found, tuple) else (found,)
+    return [part for part in parts if part is not None]
 
 
 class _Driver:
@@ -240,18 +277,29 @@ class _Driver:
 
 @contextmanager
 def _standing_in(chip: Chip, backend: str) -> Iterator[list[tuple]]:
-    """The chip as the device that torch and Triton see; yields the list that launches are written to."""
+    """The chip as the device that torch and Triton see; yields the list that launches are written to.
+
+    Each is function, signature, constants, attributes, options, programs.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     noted: list[tuple] = []
+    programs = 0
+    run = JITFunction.run
+
+    def count(self: Any, *args: Any, grid: tuple[int, ...], **options: Any) -> Any:
+        nonlocal programs
+        programs = math.prod(grid)
+        return run(self, *args, grid=grid, **options)
 
     def write_down(
         self: Any, key: str, signature: dict, device: int, constants: dict, options: Any, attributes: dict, warmup: bool
     ) -> None:
-        noted.append((self, dict(signature), dict(constants), dict(attributes), dict(vars(options))))
+        noted.append((self, dict(signature), dict(constants), dict(attributes), dict(vars(options)), programs))
 
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", count))
         stack.enter_context(mock.patch.object(JITFunction, "_do_compile", write_down))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(chip)))
         for name, answer in _told_by_torch(chip).items():

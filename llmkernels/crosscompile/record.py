@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,9 @@ def read(file: Path, columns: set[str] = ROW) -> dict[str, Any]:
     return value
 
 
-def write(file: Path, report: Mapping[str, Any]) -> None:
-    """One line a row, so that a difference can be read."""
-    rows = ",\n".join(json.dumps(one) for one in sorted(report["rows"], key=_key))
+def write(file: Path, report: Mapping[str, Any], key: Callable[[Mapping[str, Any]], Any] | None = None) -> None:
+    """One line a row, so that a difference can be read; ordered by `key`, otherwise kernel, target and launch."""
+    rows = ",\n".join(json.dumps(one) for one in sorted(report["rows"], key=key or _key))
     head = {name: value for name, value in report.items() if name not in ("rows", "problems")}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + rows + "\n]}\n")

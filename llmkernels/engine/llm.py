@@ -99,11 +99,12 @@ class LLM:
         together = min(max_sequences, max_batch_tokens)
         self._scheduler = Scheduler(pool, page_size, max_batch_tokens, together, prefix, guesses)
 
-        model = load(checkpoint, kind, place, self.max_length, quantize, quantize_head)
+        length = min(self.max_length, pages * page_size)  # a longer sequence would never have the pages
+        model = load(checkpoint, kind, place, length, quantize, quantize_head)
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(model, cache, (max_sequences, self.max_length) if graphs else None, compile)
+        self._runner = Runner(model, cache, (max_sequences, length) if graphs else None, compile)
         self._runner.speculator = build_speculator(speculation, draft, self.max_length, self._runner.target)
         self._adapters = Adapters(model, self._scheduler)
         known = self.tokenizer, self.config.vocab, self.max_length, checkpoint.end_tokens

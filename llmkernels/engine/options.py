@@ -65,4 +65,5 @@ def default_params(generation: dict[str, Any]) -> SamplingParams:
 
 def as_list(prompts: Any) -> list[Any]:
     """One prompt, a text or token ids, or many: always a list of prompts."""
-    return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
+    many = isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], int))
+    return list(prompts) if many else [prompts]

@@ -28,9 +28,9 @@ class SamplingParams:
     presence_penalty: is taken off the logits of tokens that the answer holds.
     frequency_penalty: is taken off for each time that the answer holds the token.
     logit_bias: is added to the logits of these tokens.
-    stop: strings that end the text, and are not part of it.
-    stop_token_ids: end the text, as the checkpoint's own end-of-text tokens do; the token itself is kept in
-        Output.tokens, not in Output.text where it is a special token.
+    stop: strings that end the text, and are not part of it; one, a list of them, or None.
+    stop_token_ids: they (or one) end the text, as the checkpoint's own end-of-text tokens do; the token itself is kept
+        in Output.tokens, not in Output.text where it is a special token.
     ignore_eos: go on after the checkpoint's end-of-text tokens (stop_token_ids still end the text).
     logprobs: also return ln p of each generated token, of the model's own distribution: before penalties,
         biases, temperature and cuts.
@@ -79,14 +79,17 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             check("a token of logit_bias", token, int, 0, 2**31 - 1)
             check(f"logit_bias[{token}]", bias, float, -100, 100)
-        given: Any = self.stop
-        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(given))
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, _several(name, getattr(self, name)))
         for string in self.stop:
             if not isinstance(string, str) or not string:
                 raise ValueError(f"stop holds {string!r:.80}; give strings of at least one character")
+        for name in ("ignore_eos", "logprobs", "embed"):
+            if not isinstance(value := getattr(self, name), bool):
+                hint = "; top_logprobs says how many" if name == "logprobs" else ""
+                raise ValueError(f"{name} is {value!r:.80}; give True or False{hint}")
         if self.seed is not None:
             check("seed", self.seed, int, -(2**63), 2**64 - 1)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             check("stop_token_ids", token, int, 0, 2**31 - 1)
         if self.structure is not None and not isinstance(self.structure, Structure):
@@ -107,6 +110,15 @@ class SamplingParams:
     def scored(self) -> bool:
         """Is ln p of every token needed, by whoever asked or to choose among the answers?"""
         return self.logprobs or self.answers > self.n
+
+
+def _several(name: str, given: Any) -> tuple[Any, ...]:
+    """One, several or none (also None), as a tuple."""
+    if given is None or isinstance(given, list | tuple | set | frozenset):
+        return tuple(given or ())
+    if isinstance(given, str) or (isinstance(given, int) and not isinstance(given, bool)):
+        return (given,)
+    raise ValueError(f"{name} is {given!r:.80}; give a list")
 
 
 def check(name: str, value: Any, kind: type, low: float, high: float) -> None:

@@ -1,5 +1,6 @@
 """The sizes and switches of a model, and how config.json says them."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ FAMILIES = {
 def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     """The ModelConfig that a config.json describes, in the spelling of transformers 5 or of older ones."""
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"{path / 'config.json'}: architectures is {names!r}; it must be a list of names")
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         what = " or ".join(map(str, names)) or f"model_type {raw.get('model_type')!r} without architectures"
@@ -74,17 +77,28 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
 
-    def size(key: str, default: int | None = None) -> int:
+    def size(key: str, default: int | None = None, largest: int = 2**31 - 1) -> int:
         value = default if raw.get(key) is None else raw[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{path / 'config.json'}: {key} is {value!r}; it must be a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+            raise CheckpointError(
+                f"{path / 'config.json'}: {key} is {value!r}; it must be a positive integer, at most {largest}"
+            )
         return value
 
-    heads, hidden, layers = size("num_attention_heads"), size("hidden_size"), size("num_hidden_layers")
+    def switch(key: str) -> bool:
+        value = raw.get(key) or False
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{path / 'config.json'}: {key} is {value!r}; it must be true or false")
+        return value
+
+    heads, hidden, layers = size("num_attention_heads"), size("hidden_size"), size("num_hidden_layers", largest=10_000)
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise CheckpointError(f"{path}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
-    attention_bias = bool(raw.get("attention_bias", False))
+    eps = 1e-6 if raw.get("rms_norm_eps") is None else raw["rms_norm_eps"]
+    if not _positive(eps):
+        raise CheckpointError(f"{path / 'config.json'}: rms_norm_eps is {eps!r}; it must be a positive number")
+    attention_bias = switch("attention_bias")
     return ModelConfig(
         vocab=size("vocab_size"),
         hidden=hidden,
@@ -94,13 +108,13 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
         kv_heads=kv_heads,
         head_dim=size("head_dim", hidden // heads),
         context=size("max_position_embeddings", 2048),
-        eps=float(raw.get("rms_norm_eps", 1e-6)),
+        eps=float(eps),
         windows=_windows(raw, layers, family, path),
         rope=_rope(raw, path),
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=switch("tie_word_embeddings"),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        mlp_bias=switch("mlp_bias"),
         qk_norm=family.qk_norm,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
@@ -109,13 +123,18 @@ def read_config(raw: dict[str, Any], path: Path) -> ModelConfig:
 def _windows(raw: dict[str, Any], layers: int, family: Family, path: Path) -> tuple[int, ...]:
     """transformers' sliding_window counts the query's own position, paged_attention's does not."""
     width = raw.get("sliding_window", 4096)
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+        raise CheckpointError(f"{path}: sliding_window is {width!r}; it must be a positive integer, or null for none")
     if width is None or family.window is None or (family.window == "asked" and not raw.get("use_sliding_window")):
         return (-1,) * layers
     kinds = ["sliding_attention"] * layers
     if family.window == "asked":  # the first layers see everything
         full = raw.get("max_window_layers", 28)
+        if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+            raise CheckpointError(f"{path}: max_window_layers is {full!r}; it must be a number of layers")
         kinds = raw.get("layer_types") or ["full_attention"] * min(full, layers) + kinds[full:]
-    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+    known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    if not known or len(kinds) != layers:
         raise CheckpointError(f"{path}: layer_types must be full_ or sliding_attention, for each of {layers} layers")
     return tuple(width - 1 if kind == "sliding_attention" else -1 for kind in kinds)
 
@@ -123,11 +142,18 @@ def _windows(raw: dict[str, Any], layers: int, family: Family, path: Path) -> tu
 def _rope(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """rope_parameters (transformers 5), or rope_theta with rope_scaling (older)."""
     rope = {"rope_theta": raw.get("rope_theta") or 10000.0}
-    rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    asked = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(asked, dict):
+        raise CheckpointError(f"{path}: rope_parameters or rope_scaling is {asked!r}; it must be an object")
+    rope |= asked
     rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE:
         raise CheckpointError(f"{path}: rope_type is {kind!r}; the supported ones are {', '.join(ROPE)}")
     for key in ("rope_theta", *ROPE[kind]):
-        if isinstance(rope.get(key), bool) or not isinstance(rope.get(key), (int, float)) or rope[key] <= 0:
+        if not _positive(rope.get(key)):
             raise CheckpointError(f"{path}: rope type {kind} needs {key}, a positive number; it is {rope.get(key)!r}")
     return rope
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

@@ -45,6 +45,11 @@ class Encoder:
         self._root, self._blocks = Node(0, []), 0
 
     def encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            raise ValueError(f"the prompt holds half a surrogate pair, {half} at {error.start}: no character") from None
         if not self._remembers or len(text) < BLOCK:
             return self._tokenizer.encode(text).ids
         node, known, ids = self._root, 0, list[int]()

@@ -27,6 +27,11 @@ def cost(call, sizes):
     return Cost((streams * elements + sizes["hidden"]) * itemsize(call["x"]), 4 * elements)
 
 
+def check(call, sizes):
+    if not call["eps"] > 0:
+        raise ValueError(f"rms_norm: eps is {call['eps']}; give a number above 0, so that a row of zeros stays finite")
+
+
 def returns(call):
     return ("y",) if call["residual"] is None else ("y", "residual_out")
 
@@ -42,6 +47,7 @@ def returns(call):
     ],
     inputs=inputs,
     cost=cost,
+    check=check,
     returns=returns,
 )
 def rms_norm(x, weight, *, residual=None, eps=1e-6):

@@ -28,7 +28,7 @@ def scaled(
         KeyError: no such dtype; contracts check it first.
     """
     hidden = x.shape[-1]
-    width = group or max(hidden, 1)
+    width = min(group or hidden, hidden) or 1
     groups = -(-hidden // width) if group else 1
     grouped = torch.nn.functional.pad(x, (0, groups * width - hidden)).unflatten(-1, (groups, width))
     peak = grouped.abs().amax(-1)  # NaN where there is one

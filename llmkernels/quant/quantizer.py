@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from llmkernels.arrays import to_torch
+from llmkernels.arrays import family, to_torch
 from llmkernels.contract import FLOATS
 from llmkernels.quant.activation import LARGEST, LOWEST, SMALLEST
 from llmkernels.quant.codes import E8M0_BIAS, e2m1_codes, pack
@@ -40,6 +40,9 @@ def quantize(
     """
     to, weight = scheme(to), to_torch(weight)
     _check(weight, to, permutation, input_scale, scale_dtype)
+    family("quantize", {"weight": weight})
+    if weight.is_meta:
+        raise ValueError("quantize: weight is on meta, where tensors have no values; load it first")
     w = weight.detach().float()
     if not bool((finite := w.isfinite()).all()):
         at = [int(i) for i in (~finite).nonzero()[0]]

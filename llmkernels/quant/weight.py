@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from llmkernels.arrays import family
 from llmkernels.contract import FLOATS
 from llmkernels.quant.scheme import BLOCK, Scheme, scheme
 from llmkernels.shapes import dtype_name
@@ -162,9 +163,12 @@ class QuantizedWeight:
         return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
 
     def _check_parts(self) -> None:
+        family("QuantizedWeight", self._parts())
         kind = self.scheme.weight
         _check_part(self, "values", self.values, ("out", "columns"), (_VALUES[kind],))
         rows, columns = self.shape
+        if isinstance(columns, bool) or not hasattr(columns, "__index__"):
+            raise ValueError(f"QuantizedWeight: in_features is {columns!r:.80}; give the columns of the dense weight")
         stored = -(-columns // 2) if self.scheme.packed else columns
         if self.values.shape[1] != stored:
             raise ValueError(
@@ -179,11 +183,6 @@ class QuantizedWeight:
         _check_part(self, "zeros", self.zeros, None if self.scheme.symmetric else shape, (_VALUES[kind],))
         _check_part(self, "permutation", self.permutation, (columns,) if self.scheme.act_order else None, ("int32",))
         _check_part(self, "input_scale", self.input_scale, None if self.scheme.dynamic else (1,), ("float32",))
-        for name, part in self._parts().items():
-            if str(getattr(part, "device", "cpu")) != str(self.device):
-                raise ValueError(
-                    f"QuantizedWeight: values is on {self.device} but {name} on {part.device}; put them on one device"
-                )
 
 
 def _concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:

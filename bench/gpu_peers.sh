@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The peers of the GPU benchmarks, for a machine that can install nothing: packages in a folder, FlashInfer's kernels built.
+#
+#     bench/gpu_peers.sh DIR [MODULE ...]      MODULE: silu decode prefill norm, FlashInfer's; all by default
+#     PEERS=DIR bench/record_triton.sh OUT     there
+#
+# The packages are for PYTHON_VERSION=3.12 and come without what they need beside torch: einops, ninja, nvidia-ml-py,
+# tabulate, tqdm, cuda-bindings.  The kernels are for ARCH=9.0a and are built by nvcc, minutes each, with a Python that has
+# torch and those packages, and nvcc in CUDA_HOME; norm wants cuBLAS's headers, in CUBLAS_INCLUDE where CUDA_HOME has none.
+# `none` builds none, and FlashInfer does it there, if nvcc is there.
+set -euo pipefail
+folder=${1:?usage: bench/gpu_peers.sh DIR [MODULE ...]}
+shift
+python=${PYTHON:-python3}
+mkdir -p "$folder/wheels"
+folder=$(cd "$folder" && pwd)
+version=${PYTHON_VERSION:-3.12}
+platforms=()
+for glibc in 2_17 2_24 2_28; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
+"$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$version" "${platforms[@]}" \
+    --dest "$folder/wheels" flashinfer-python==0.6.18.post1 'apache-tvm-ffi<0.2' liger-kernel
+"$python" -m pip wheel -q --no-deps --wheel-dir "$folder/wheels" gemlite
+"$python" - "$folder" <<'PYTHON'
+import sys, zipfile
+from pathlib import Path
+folder = Path(sys.argv[1])
+for wheel in (folder / "wheels").glob("*.whl"):
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    print(wheel.name)
+PYTHON
+cc -shared -o "$folder/libcuda.so" -x c /dev/null  # to link against; the driver's own is loaded there
+CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$folder FLASHINFER_CUDA_ARCH_LIST=${ARCH:-9.0a} FLASHINFER_EXTRA_LDFLAGS=-L$folder \
+    FLASHINFER_EXTRA_CUDAFLAGS=${CUBLAS_INCLUDE:+-isystem $CUBLAS_INCLUDE} MAX_JOBS=${JOBS:-2} "$python" - "$folder/site" "${@:-all}" <<'PYTHON'
+import sys, time
+sys.path.append(sys.argv[1])  # behind the packages of this Python, whose version may be another
+import torch
+from flashinfer.jit import activation, norm
+from flashinfer.jit.attention import modules
+kind = (torch.bfloat16,) * 3 + (torch.int32, 128, 128, 0, False, False)  # q, keys, out, indices; head sizes; no option
+known = {
+    "silu": lambda: activation.gen_act_and_mul_module("silu"),
+    "decode": lambda: modules.gen_batch_prefill_module("fa2", *kind, False),  # which its decode with matrix units is
+    "prefill": lambda: modules.gen_batch_prefill_module("fa3", *kind, False),
+    "norm": norm.gen_norm_module,
+}
+wanted = known if sys.argv[2:] == ["all"] else [name for name in sys.argv[2:] if name != "none"]
+for name in wanted:
+    since, module = time.time(), known[name]()
+    module.build(verbose=False)
+    print(f"{name}: {module.get_library_path()}, {time.time() - since:.0f} s", flush=True)
+PYTHON
