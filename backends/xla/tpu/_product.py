@@ -215,12 +215,11 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
 
         grouped = scales if kind.group else None
         if unpacked and blocks.early:  # in one piece of program, so that they meet in its bundles
-            every, parts = pl.ds(0, rows), [pl.ds(i, blocks.width) for i in range(0, features, blocks.width)]
-            for own, before in zip([*parts, None], [None, *parts], strict=True):
-                for i in () if own is None else range(0, own.size, blocks.unpacked):
-                    unpack(None, pl.ds(own.start + i, blocks.unpacked))
-                if before is not None:
-                    multiply_piece(every, before)
+            for begin in range(0, features + blocks.width, blocks.width):
+                for own in range(begin, min(begin + blocks.width, features), blocks.unpacked):
+                    unpack(None, pl.ds(own, blocks.unpacked))
+                if begin:
+                    multiply_piece(pl.ds(0, rows), pl.ds(begin - blocks.width, blocks.width))
             return
         if unpacked:
             _for_pieces(1, features, 1, blocks.unpacked, unpack)
