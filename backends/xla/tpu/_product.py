@@ -190,9 +190,9 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
         factor = unpacked[0] if unpacked else w.at[part]
 
         def unpack(_, own):
-            beside = [None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros)]
+            taken, less = (None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros))
             for at in range(0, width, CHUNK):
-                for first, chunk in factors_of(kind, w.at[part, own], *beside, at, step, stored):
+                for first, chunk in factors_of(kind, w.at[part, own], taken, less, at, step, stored):
                     factor[own, first : first + CHUNK] = chunk
 
         def multiply_piece(down, own):
