@@ -29,6 +29,22 @@ def told(script, *names, seconds=250):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_a_grid_has_two_turns_more_than_steps(tmp_path):
+    from llmkernels.crosscompile.schedule import read
+
+    bundles = ["     0   :  { %s1 = smov 0 }"]
+    asked = "%p1 = scmp.ge.s32.totalorder %s1, 1  ;;  %p2 = scmp.lt.s32.totalorder %s1, 9"
+    bundles += [f"  0x1 LB: > {{ {asked} }} /* Start region 2 */"]
+    bundles += ["  0x2   : > { %1 = sbr.rel (%p3) target = $region4 }", "  0x3   : > { vst }"]
+    bundles += ["  0x4   : > { %p4 = scmp.ge.s32.totalorder %s2, 10 } /* Start region 4 */"]
+    bundles += ["  0x5   :  { %2 = sbr.rel (!%p4) target = $region2 }"]
+    (tmp_path / "17-kernel.1-72-final_bundles.txt").write_text("\n".join(bundles))
+    units = "== CAPACTIY:\nMXU, VSTORE:SPILL\n2 2\n== UTILIZATION:\n" + "0 0\n" * 6
+    (tmp_path / "17-kernel.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(units)
+    (program,) = read(Path(tmp_path))
+    assert program.runs() == [1, 10, 8, 8, 10, 1]
+
+
 def test_interpreted_calls_are_right_however_late_copies_come():
     assert told(pallas_calls.__file__) == {
         f"{name}, {mode}": None for name in pallas_calls.CALLS for mode in pallas_calls.MODES

@@ -129,7 +129,7 @@ def _turns(rows: list[re.Match], begins: Mapping[str, int]) -> list[tuple[range,
 
 
 def _is_stages(rows: list[re.Match], loop: range, turns: int) -> bool:
-    """Whether a loop copies in, computes and copies out by turns, for turns - 2 steps: it asks whether 1 <= turn < turns - 1."""
+    """Whether a loop copies in, computes and copies out by turns: it asks whether 1 <= turn < turns - 1."""
     words = " ".join(rows[i][2] for i in loop)
     asked = (rf"scmp\.{sign}\.s32\.totalorder (%\w+), {n}\b" for sign, n in (("ge", 1), ("lt", turns - 1)))
     first, last = (set(re.findall(pattern, words)) for pattern in asked)

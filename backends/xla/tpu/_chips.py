@@ -33,6 +33,8 @@ class Chip:
         narrow_keys: of an update whose scores or keys take more registers than they fill.
         features: of a weight that are multiplied at once by few rows, without and with zero points.
         registers: vector registers, of 4 KiB each.
+        longest: columns of a product of many rows that are summed at once: on v7x the matrix unit adds up its results.
+        runs: of such sums by a weight as it is stored, how many stand one after the other before registers spill.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Chip:
     narrow_keys: int = 128
     features: tuple[int, int] = (512, 512)
     registers: int = 64
+    longest: int = 512
+    runs: int = 8
 
     @property
     def vmem_limit(self):
@@ -80,8 +84,10 @@ CHIPS = {
         ),
         Chip("v5e", "TPU v5 lite", "v5e:1x1", 128, 128 * MIB, 0.82e12, 197e12),
         Chip("v5p", "TPU v5", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
-        Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12, features=(512, 256)),
-        Chip("v7x", "TPU7x", "tpu7x:1x1x1", 256, 64 * MIB, 3.7e12, 1150e12, fp8=True, features=(512, 256)),
+        Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12, features=(512, 256), runs=1),
+        Chip(
+            "v7x", "TPU7x", "tpu7x:1x1x1", 256, 64 * MIB, 3.7e12, 1150e12, fp8=True, features=(512, 256), longest=4096
+        ),
     )
 }
 

@@ -42,6 +42,8 @@ class Blocks:
         stacks: whether x, cleared for each group of a chunk, is one tall factor.
         unpacked: features that are made into what is multiplied at a time, before they are; 0 where all in one go.
         whole: whether a block is made into what is multiplied, with the scales of its groups, before any of it is.
+        unrolled: of such a block, runs that stand one after the other in the program, or in one turn of a loop.
+        early: whether its features are made while those before them are multiplied.
     """
 
     m: int
@@ -53,6 +55,8 @@ class Blocks:
     stacks: bool
     unpacked: int
     whole: bool
+    unrolled: int
+    early: bool
     vmem: int
     vmem_limit: int
 
@@ -172,7 +176,8 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     step = pl.program_id(2)
     rows, features, width, run = x.shape[0], w.shape[1], w.shape[2], blocks.run
 
-    alone = blocks.whole and steps == 1  # the first run's sums are stored as they are
+    at_once = blocks.unrolled * run
+    alone = blocks.whole and steps == 1 and at_once >= x.shape[1]  # the first run's sums are stored as they are
 
     if not alone:
 
@@ -185,17 +190,37 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
         factor = unpacked[0] if unpacked else w.at[part]
 
         def unpack(_, own):
-            beside = [None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros)]
+            taken, less = (None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros))
             for at in range(0, width, CHUNK):
-                for first, chunk in factors_of(kind, w.at[part, own], *beside, at, step, stored):
+                for first, chunk in factors_of(kind, w.at[part, own], taken, less, at, step, stored):
                     factor[own, first : first + CHUNK] = chunk
 
         def multiply_piece(down, own):
-            for at in range(0, x.shape[1], run):
-                sums = multiply(x[down, at : at + run], factor[own, at : at + run], transposed=True)
-                acc[part, down, own] = sums if alone and at == 0 else acc[part, down, own] + sums
+            def multiply_columns(at):
+                columns = pl.ds(at, run)
+                sums = multiply(x[down, columns], factor[own, columns], transposed=True)
+                acc[part, down, own] = (
+                    sums if alone and isinstance(at, int) and at == 0 else acc[part, down, own] + sums
+                )
+
+            if at_once >= x.shape[1]:
+                for at in range(0, x.shape[1], run):
+                    multiply_columns(at)
+            else:
+
+                @pl.loop(0, x.shape[1] // at_once)
+                def _(i):
+                    for at in range(0, at_once, run):
+                        multiply_columns(pl.multiple_of(i * at_once + at, run))
 
         grouped = scales if kind.group else None
+        if unpacked and blocks.early:  # in one piece of program, so that they meet in its bundles
+            for begin in range(0, features + blocks.width, blocks.width):
+                for own in range(begin, min(begin + blocks.width, features), blocks.unpacked):
+                    unpack(None, pl.ds(own, blocks.unpacked))
+                if begin:
+                    multiply_piece(pl.ds(0, rows), pl.ds(begin - blocks.width, blocks.width))
+            return
         if unpacked:
             _for_pieces(1, features, 1, blocks.unpacked, unpack)
         _for_pieces(rows, features, blocks.height, blocks.width, multiply_piece)
@@ -325,7 +350,7 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     most = 512 if size < 4 else 256
     m = min(-(-rows // unit) * unit, most)
     m = -(-m // EPILOGUE_ROWS) * EPILOGUE_ROWS if m > EPILOGUE_ROWS else m
-    whole = m > FEW and not (kind.group and kind.apart)
+    whole = m > FEW and not (kind.group and kind.apart) and chip.registers >= 64
     least = 2 * CHUNK if packed else CHUNK
     stacked = 0 < kind.group < CHUNK and not whole  # copies of x, and sums, for each group of a chunk
     n = min(power(max(features, LANES)), (128 if stacked else 512) // kind.parts)
@@ -337,7 +362,7 @@ def choose(chip, *, rows, features, columns, kind, zeros):
 
     def run(k):
         if whole:
-            return min(k, LONGEST)
+            return min(k, chip.longest)
         if kind.group or packed:
             return CHUNK
         return k if m <= FEW and not tight else min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
@@ -349,7 +374,13 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
         k //= 2
     height = m if m <= FEW or whole else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
+    direct = size == stored and not zeros
+    early = whole and not direct and chip.matrix == LANES
     live = chip.features[zeros]  # beyond few rows, of a piece's sum
-    width = max(LANES, min(n, live if m <= FEW else 4 * chip.registers))
+    width = max(LANES, min(n, live if m <= FEW else n if whole else 4 * chip.registers))
+    width = min(width, chip.matrix) if whole and not direct else width
+    unrolled = chip.runs if direct else k // run(k)
     unpacked = UNPACKED if m > FEW else width if tight and packed else 0
-    return Blocks(m, n, k, height, width, run(k), not tight, unpacked, whole, vmem(k), chip.vmem_limit)
+    return Blocks(
+        m, n, k, height, width, run(k), not tight, unpacked, whole, unrolled, early, vmem(k), chip.vmem_limit
+    )  # fmt: skip

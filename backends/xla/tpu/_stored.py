@@ -62,18 +62,18 @@ def factors_of(kind, w, scales, zeros, at, step, stored):
 
 
 def _spread(kind, numbers, at):
-    """Numbers [rows LANES] of groups as [rows CHUNK], what each stored column from `at` on takes; [rows 1] of one group."""
+    """Numbers [rows LANES] of groups as [rows CHUNK]: of each stored column from `at` on; [rows 1] of one group."""
     if not kind.group:
         return numbers
     columns = 2 if kind.weight in PACKED else 1
     group = lax.broadcasted_iota(jnp.int32, numbers.shape, 1) * columns >> (kind.group.bit_length() - 1)
-    return jnp.take_along_axis(numbers, group + at * columns // kind.group, axis=1)
+    return _take(numbers, group + at * columns // kind.group)
 
 
 def in_stored_order(x, interpret):
     """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones."""
     rows, columns = x.shape
-    height, width = divisor(rows, 128, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
+    height, width = divisor(rows, 256, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
     spec = pl.BlockSpec((height, width), lambda i, j: (i, j))
     return pl.pallas_call(
         _part_lanes, grid=(rows // height, columns // width), in_specs=[spec], out_specs=spec,
@@ -84,13 +84,23 @@ def in_stored_order(x, interpret):
 
 def _part_lanes(x, y):
     """Whole words move, whatever numbers they hold."""
-    for at in range(0, x.shape[1], 2 * LANES):
-        pair = [pltpu.bitcast(x[:, at + i : at + i + LANES], jnp.int32) for i in (0, LANES)]
-        lane = lax.broadcasted_iota(jnp.int32, pair[0].shape, 1)
-        left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
-        for i in range(2):
-            first, second = (jnp.take_along_axis(words, even + i, axis=1) for words in pair)
-            y[:, at + i * LANES : at + (i + 1) * LANES] = pltpu.bitcast(jnp.where(left, first, second), x.dtype)
+    height = divisor(x.shape[0], 2 * tile_rows(x.dtype), tile_rows(x.dtype))
+
+    @pl.loop(0, x.shape[0] // height)
+    def _(i):
+        own = pl.ds(pl.multiple_of(i * height, height), height)
+        for at in range(0, x.shape[1], 2 * LANES):
+            pair = [pltpu.bitcast(x[own, at + i : at + i + LANES], jnp.int32) for i in (0, LANES)]
+            lane = lax.broadcasted_iota(jnp.int32, pair[0].shape, 1)
+            left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
+            for odd in range(2):
+                first, second = (_take(words, even + odd) for words in pair)
+                y[own, pl.ds(at + odd * LANES, LANES)] = pltpu.bitcast(jnp.where(left, first, second), x.dtype)
+
+
+def _take(words, lane):
+    """[rows LANES]: from which lane of its row each comes."""
+    return jnp.take_along_axis(words, lane, axis=1, mode="promise_in_bounds")
 
 
 def _halves(w, at):
