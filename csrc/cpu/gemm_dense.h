@@ -117,7 +117,7 @@ void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& 
   const T* values = static_cast<const T*>(call.values);
   const int64_t bytes = most<int64_t>(kFewChannels * call.values_stride * sizeof(T), 1);
   const int later = kFewChannels * int(least<int64_t>(kPanel / kFewChannels, ceil_div(int64_t{2 * kAhead}, bytes)));
-  const int64_t length = rows > kFewRowsAtOnce ? kStretch / int64_t(sizeof(T)) : call.columns;
+  const int64_t length = rows > kFewRowsAtOnce ? kStretch / int64_t(sizeof(T)) : most<int64_t>(call.columns, 1);
   for (int channel = 0; channel < kPanel; channel += kFewChannels) {
     const T* weight[kFewChannels];
     for (int c = 0; c < kFewChannels; ++c)
