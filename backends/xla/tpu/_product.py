@@ -378,9 +378,9 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     early = whole and not direct and chip.matrix == LANES
     live = chip.features[zeros]  # beyond few rows, of a piece's sum
     width = max(LANES, min(n, live if m <= FEW else n if whole else 4 * chip.registers))
-    width = min(width, chip.matrix) if whole and not direct else width
-    unrolled = chip.runs if direct else k // run(k)
-    unpacked = UNPACKED if m > FEW else width if tight and packed else 0
+    width = min(width, chip.matrix) if whole and not (direct and size == 1) else width
+    unrolled = (chip.runs if size == 1 else 1) if direct else k // run(k)
+    unpacked = UNPACKED // kind.parts if m > FEW else width if tight and packed else 0
     return Blocks(
         m, n, k, height, width, run(k), not tight, unpacked, whole, unrolled, early, vmem(k), chip.vmem_limit
     )  # fmt: skip
