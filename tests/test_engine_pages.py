@@ -158,8 +158,8 @@ class Pages(RuleBasedStateMachine):
                 known = [*above.tokens, *known]
                 above = above.parent
             for keys in self.keys:  # what anybody may find is there, and true
-                first, there = len(known) - len(node.tokens), keys[node.page][: len(node.tokens)]
-                assert there == [(node.scope, *known[: i + 1]) for i in range(first, len(known))]
+                first = len(known) - self.size
+                assert keys[node.page] == [(node.scope, *known[: i + 1]) for i in range(first, len(known))]
 
     @invariant()
     def nobody_is_lost(self):

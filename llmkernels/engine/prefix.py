@@ -10,31 +10,23 @@ A page enters when it is full, so two requests that run at the same time share a
 page, the second one's is freed.  A sequence uses every page from the root down to its own, so a page's users are never
 fewer than those of a page below it; and since sequences give back their last page first, the page that has been idle
 longest is always a leaf.  That is the whole eviction policy: least recently used, leaves first, in constant time.
-
-The last page of a sequence that ends, which is not full, is kept as well.  Nobody goes on in it: where a prompt leaves
-the tree within a page, full or not, that page is copied, and the prompt goes on behind the tokens that they share.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from llmkernels.engine.pages import PagePool
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A page, the tokens whose keys it holds, and the pages that continue it, by their tokens.  A root has no page.
-
-    latest: of the children that begin with a token, the one that came last.
-    """
+    """A page, the tokens whose keys it holds, and the pages that continue it, by their tokens.  A root has no page."""
 
     page: int
     tokens: tuple[int, ...]
     parent: "Node | None"
     scope: Hashable
     children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)
-    latest: dict[int, "Node"] = field(default_factory=dict)
 
 
 class PrefixCache:
@@ -75,31 +67,18 @@ class PrefixCache:
             pages.append(node.page)
         return pages
 
-    def begun(self, scope: Hashable, pages: Sequence[int], tokens: Sequence[int]) -> tuple[int, int]:
-        """A page that begins with the keys of `tokens`, which follow those of `pages`, and with those of how many.
-
-        0 where they are too few to be worth a copy, less than a quarter of a page.
-        """
-        node = self._nodes[pages[-1]] if pages else self._roots.get(scope)
-        child = node.latest.get(tokens[0]) if node and tokens else None
-        if not child:
-            return -1, 0
-        equal = takewhile(lambda pair: pair[0] == pair[1], zip(child.tokens, tokens, strict=False))
-        count = sum(1 for _ in equal)
-        return child.page, count if 4 * count >= self.page_size else 0
-
     def add(self, scope: Hashable, before: int | None, tokens: Sequence[int], page: int) -> int:
-        """Keep a page's keys for others.  Returns the page to use from now on: this one, or its double.
+        """A page is full: keep its keys for others.  Returns the page to use from now on: this one, or its double.
 
         Args:
             before: the page before it in its sequence, which was added before; None for the first one.
-            tokens: the page_size tokens of the page; fewer where its sequence ends.
+            tokens: the page_size tokens of the page.
         """
         key = tuple(tokens)
         parent = self._nodes[before] if before is not None else self._root(scope)
         known = parent.children.get(key)
         if known is None:
-            self._nodes[page] = parent.children[key] = parent.latest[key[0]] = Node(page, key, parent, scope)
+            self._nodes[page] = parent.children[key] = Node(page, key, parent, scope)
             self.pool.keep(page)
             return page
         if known.page != page:
@@ -125,7 +104,5 @@ class PrefixCache:
         assert node.parent is not None  # only roots have none, and no page
         assert not node.children, "a page below is still kept"
         del node.parent.children[node.tokens]
-        if node.parent.latest.get(node.tokens[0]) is node:
-            del node.parent.latest[node.tokens[0]]
         if node.parent.parent is None and not node.parent.children:
             del self._roots[node.scope]

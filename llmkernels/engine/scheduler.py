@@ -212,15 +212,14 @@ class Scheduler:
         chunk.room = min(most, len(sequence.pages) * self.page_size - count)
         return chunk.room
 
-    def _plan(self, sequence: Sequence, most: int, split: bool = False) -> Chunk | None:
+    def _plan(self, sequence: Sequence, most: int) -> Chunk | None:
         """The sequence's next chunk, of at most so many tokens; None, and nothing changed, where pages are short.
 
         Pages are taken for all of its tokens: a prompt once admitted never waits for pages midway.
-        split: it must not write into the page in which it goes on, even if nobody else uses that.
         """
         pages, start, copy = sequence.pages, sequence.computed, None
         first = start // self.page_size
-        split = split or (first < len(pages) and self.pool.users(pages[first]) > 1)
+        split = first < len(pages) and self.pool.users(pages[first]) > 1
         missing = -(-len(sequence.tokens) // self.page_size) - len(pages)
         if missing or split:
             taken = self.pool.take(missing + split)
@@ -259,8 +258,7 @@ class Scheduler:
         if prefix:
             sequence.pages = prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
             sequence.computed = sequence.settled = len(sequence.pages) * self.page_size
-        chunk = prefix and self._go_on(prefix, sequence, most)
-        chunk = chunk or self._plan(sequence, most)
+        chunk = self._plan(sequence, most)
         if not chunk:
             self._blocked = sequence, -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
             self._release(sequence)
@@ -269,22 +267,6 @@ class Scheduler:
             if prefix:
                 prefix.found += chunk.start
                 prefix.asked += len(sequence.tokens)
-        return chunk
-
-    def _go_on(self, prefix: PrefixCache, sequence: Sequence, most: int) -> Chunk | None:
-        """Its first chunk behind a copy of a page of which it shares a part; None, and nothing changed, without one."""
-        known = sequence.computed
-        following = sequence.tokens[known : min(known + self.page_size, len(sequence.tokens) - 1)]
-        page, count = prefix.begun(sequence.scope, sequence.pages, following)
-        if not count:
-            return None
-        self.pool.share([page])
-        sequence.pages.append(page)
-        sequence.computed += count  # settled they are when the copy is made
-        chunk = self._plan(sequence, most, split=True)
-        if not chunk:
-            self.pool.give_back([sequence.pages.pop()])
-            sequence.computed = known
         return chunk
 
     def _keep(self, prefix: PrefixCache, sequence: Sequence, start: int) -> None:
@@ -333,10 +315,5 @@ class Scheduler:
         queue[queue.index(sequence)] = heir
 
     def _release(self, sequence: Sequence) -> None:
-        pages, (full, rest) = sequence.pages, divmod(sequence.settled, self.page_size)
-        if self.prefix and rest and self.pool.users(pages[full]) == 1:  # else another may go on in it
-            before = pages[full - 1] if full else None
-            tokens = sequence.tokens[full * self.page_size : sequence.settled]
-            pages[full] = self.prefix.add(sequence.scope, before, tokens, pages[full])
-        self.pool.give_back(pages)
+        self.pool.give_back(sequence.pages)
         sequence.pages, sequence.computed, sequence.settled, sequence.drafted, sequence.written = [], 0, 0, 0, 0
