@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from importlib import util
+from dataclasses import replace
+from importlib import import_module, util
 from pathlib import Path
 
 import pallas_calls
@@ -49,6 +50,36 @@ def test_interpreted_calls_are_right_however_late_copies_come():
     assert told(pallas_calls.__file__) == {
         f"{name}, {mode}": None for name in pallas_calls.CALLS for mode in pallas_calls.MODES
     }
+
+
+SOME, SEVERAL_BLOCKS = {"rows": 80, "out": 200, "in_": 640}, {"rows": 520, "out": 72, "in_": 4480}
+GATED = {"rows": 80, "features": 288, "in_": 384, "activation": "swiglu", "norm_weight": True, "residual": True}
+SCHEMES = ("w4a16_g128_zp", "w4a16_g32", "w4a16_g128_actorder", "w8a16_g128_zp", "w8a8", "fp8_row_a16", "mxfp4")
+MANY_ROWS = [
+    *(("quantized_gemm", scheme, SOME) for scheme in SCHEMES),
+    *(("quantized_gemm", scheme, SEVERAL_BLOCKS) for scheme in ("w4a16_g128_zp", "w8a8")),
+    *(("norm_linear_activation", scheme, GATED) for scheme in ("w4a16_g128", "w8a16")),
+]
+
+
+@pytest.mark.parametrize("unit", [128, 256])
+@pytest.mark.parametrize(("op", "scheme", "sizes"), MANY_ROWS)
+def test_interpreted_products_of_many_rows(op, scheme, sizes, unit, monkeypatch):
+    """More than the contract's cases have, in the sizes of v5e and TPU7x, and in shapes that nobody else compiled."""
+    from llmkernels import testing
+    from llmkernels.contract import Case
+    from llmkernels.discovery import emulated
+    from llmkernels.registry import OPS
+
+    linear, chips = (import_module(f"llmkernels.backends.xla.tpu.{name}") for name in ("_linear", "_chips"))
+    like = chips.CHIPS["v5e" if unit == 128 else "v7x"]
+    chip = replace(chips.INTERPRETER, matrix=unit, longest=like.longest, features=like.features, runs=like.runs)
+    monkeypatch.setattr(linear, "current", lambda: chip)
+    features = "out" if "out" in sizes else "features"
+    case = Case("many rows", {"scheme": scheme, "bias": True, **sizes, features: sizes[features] + unit})
+    with emulated("xla"):
+        result = testing.check(OPS[op].contract, "bfloat16", case, "xla")
+    assert result.verdict == "passed", str(result)
 
 
 @pytest.mark.parametrize("case", ["fp8_block, rms, everything", "w4a16_g32_zp, rms"])

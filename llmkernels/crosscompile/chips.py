@@ -5,8 +5,7 @@ AMDGPUUsage and the ISA documents.  Units, bandwidth and memory are those of the
 chip, as are the rates, from the vendors' data sheets, without sparsity.  They serve `in_flight_needed` and limits.py.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 KIB = 1024
 LATENCY = 700e-9  # seconds from a load to its data in a busy memory system: 600 to 800 ns on these chips
@@ -33,9 +32,6 @@ class Chip:
     units: int
     bandwidth: float  # bytes/s
     product: str
-    rates: Mapping[str, float] = field(
-        compare=False
-    )  # what is multiplied -> operations/s, a multiply and an add being two
 
     def occupancy(self, registers: int, shared: int, warps: int) -> int:
         """Programs of `warps` waves that can be resident on a unit at once.
@@ -55,6 +51,11 @@ class Chip:
         return self.simds * self.waves_simd
 
     @property
+    def rates(self) -> dict[str, float]:
+        """What is multiplied -> operations/s, a multiply and an add being two."""
+        return RATES[self.name]
+
+    @property
     def in_flight_needed(self) -> float:
         """Bytes that a unit must have asked for at any time, to keep memory busy (Little's law)."""
         return self.bandwidth * LATENCY / self.units
@@ -65,138 +66,27 @@ def _rates(half: float, int8: float, fp8: float, float32: float) -> dict[str, fl
     return {"half": half * 1e12, "int8": int8 * 1e12, "fp8": fp8 * 1e12, "float32": float32 * 1e12}
 
 
-# fp8 is multiplied as float16 on sm_80, gfx90a and gfx1100.
+RATES = {  # fp8 is multiplied as float16 on sm_80, gfx90a and gfx1100
+    "sm_80": _rates(312, 624, 312, 19.5),
+    "sm_90": _rates(989, 1979, 1979, 67),
+    "sm_100": _rates(2250, 4500, 4500, 80),
+    "gfx90a": _rates(191, 191, 191, 47.9),
+    "gfx942": _rates(1307, 2615, 2615, 163),
+    "gfx950": _rates(2516, 5033, 5033, 157),
+    "gfx1100": _rates(123, 123, 123, 61),
+    "gfx1201": _rates(195, 389, 389, 48.7),
+}
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
-            "sm_80",
-            "cuda",
-            80,
-            32,
-            163 * KIB,
-            164 * KIB,
-            4,
-            512,
-            8,
-            16,
-            108,
-            2.0e12,
-            "A100",
-            _rates(312, 624, 312, 19.5),
-        ),
-        Chip(
-            "sm_90",
-            "cuda",
-            90,
-            32,
-            227 * KIB,
-            228 * KIB,
-            4,
-            512,
-            8,
-            16,
-            132,
-            4.8e12,
-            "H200",
-            _rates(989, 1979, 1979, 67),
-        ),
-        Chip(
-            "sm_100",
-            "cuda",
-            100,
-            32,
-            227 * KIB,
-            228 * KIB,
-            4,
-            512,
-            8,
-            16,
-            148,
-            8.0e12,
-            "B200",
-            _rates(2250, 4500, 4500, 80),
-        ),
-        Chip(
-            "gfx90a",
-            "hip",
-            "gfx90a",
-            64,
-            64 * KIB,
-            64 * KIB,
-            4,
-            512,
-            8,
-            8,
-            104,
-            1.6e12,
-            "MI250X, one die",
-            _rates(191, 191, 191, 47.9),
-        ),
-        Chip(
-            "gfx942",
-            "hip",
-            "gfx942",
-            64,
-            64 * KIB,
-            64 * KIB,
-            4,
-            512,
-            8,
-            8,
-            304,
-            5.3e12,
-            "MI300X",
-            _rates(1307, 2615, 2615, 163),
-        ),
-        Chip(
-            "gfx950",
-            "hip",
-            "gfx950",
-            64,
-            160 * KIB,
-            160 * KIB,
-            4,
-            512,
-            8,
-            8,
-            256,
-            8.0e12,
-            "MI355X",
-            _rates(2516, 5033, 5033, 157),
-        ),
-        Chip(
-            "gfx1100",
-            "hip",
-            "gfx1100",
-            32,
-            64 * KIB,
-            64 * KIB,
-            2,
-            1536,
-            24,
-            16,
-            96,
-            0.96e12,
-            "RX 7900 XTX",
-            _rates(123, 123, 123, 61),
-        ),
-        Chip(
-            "gfx1201",
-            "hip",
-            "gfx1201",
-            32,
-            64 * KIB,
-            64 * KIB,
-            2,
-            1536,
-            24,
-            16,
-            64,
-            0.64e12,
-            "RX 9070 XT",
-            _rates(195, 389, 389, 48.7),
-        ),
+        Chip("sm_80", "cuda", 80, 32, 163 * KIB, 164 * KIB, 4, 512, 8, 16, 108, 2.0e12, "A100"),
+        Chip("sm_90", "cuda", 90, 32, 227 * KIB, 228 * KIB, 4, 512, 8, 16, 132, 4.8e12, "H200"),
+        Chip("sm_100", "cuda", 100, 32, 227 * KIB, 228 * KIB, 4, 512, 8, 16, 148, 8.0e12, "B200"),
+        Chip("gfx90a", "hip", "gfx90a", 64, 64 * KIB, 64 * KIB, 4, 512, 8, 8, 104, 1.6e12, "MI250X, one die"),
+        Chip("gfx942", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 4, 512, 8, 8, 304, 5.3e12, "MI300X"),
+        Chip("gfx950", "hip", "gfx950", 64, 160 * KIB, 160 * KIB, 4, 512, 8, 8, 256, 8.0e12, "MI355X"),
+        Chip("gfx1100", "hip", "gfx1100", 32, 64 * KIB, 64 * KIB, 2, 1536, 24, 16, 96, 0.96e12, "RX 7900 XTX"),
+        Chip("gfx1201", "hip", "gfx1201", 32, 64 * KIB, 64 * KIB, 2, 1536, 24, 16, 64, 0.64e12, "RX 9070 XT"),
     )
 }
 
