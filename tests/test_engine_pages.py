@@ -67,6 +67,17 @@ class Pages(RuleBasedStateMachine):
                 self.aborted.add(sequence)
             self.scheduler.end(sequence)
 
+    @rule(which=st.randoms(use_true_random=False))
+    def branch(self, which):
+        """As beams do: one more that goes on behind some of a text's tokens."""
+        if self.scheduler.running and len(self.scheduler.running) < 2 * self.scheduler.max_sequences:
+            sequence = which.choice(self.scheduler.running)
+            length = which.randint(1, len(sequence.tokens))
+            if length < sequence.limit - 1 and not sequence.forks:
+                child = self.scheduler.fork(sequence, length, which.randint(0, 2))
+                child.prompt_length = length + 1
+                self.everyone.append(child)
+
     @rule()
     def step(self):
         chunks = self.scheduler.schedule()
@@ -158,8 +169,8 @@ class Pages(RuleBasedStateMachine):
                 known = [*above.tokens, *known]
                 above = above.parent
             for keys in self.keys:  # what anybody may find is there, and true
-                first = len(known) - self.size
-                assert keys[node.page] == [(node.scope, *known[: i + 1]) for i in range(first, len(known))]
+                first, there = len(known) - len(node.tokens), keys[node.page][: len(node.tokens)]
+                assert there == [(node.scope, *known[: i + 1]) for i in range(first, len(known))]
 
     @invariant()
     def nobody_is_lost(self):

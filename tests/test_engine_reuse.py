@@ -44,7 +44,7 @@ def test_a_shared_beginning_is_computed_once_and_changes_no_text(cold):
             assert outputs[0].cached_tokens == 0
             assert all(o.cached_tokens >= shared - 8 for o in outputs[1:])
         else:
-            assert all(o.cached_tokens == (len(o.prompt_tokens) - 1) // 8 * 8 for o in outputs)
+            assert all(o.cached_tokens >= (len(o.prompt_tokens) - 1) // 8 * 8 for o in outputs)
 
 
 def test_a_chat_of_many_turns_computes_each_token_once(cold):

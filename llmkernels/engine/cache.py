@@ -27,8 +27,13 @@ class KVCache:
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Pages (source, destination): all sources are read before any destination is written."""
+        arrays = self.k.view(torch.uint8), self.v.view(torch.uint8)  # bytes: not every dtype can be indexed
+        if len(pairs) == 1:  # ten times as fast: nearly always, a prompt that goes on within a page
+            for held in arrays:
+                held[:, pairs[0][1]].copy_(held[:, pairs[0][0]])
+            return
         sources, destinations = torch.tensor(pairs, device=self.k.device).unbind(1)
-        for held in (self.k.view(torch.uint8), self.v.view(torch.uint8)):  # bytes: not every dtype can be indexed
+        for held in arrays:
             held[:, destinations] = held[:, sources]
 
     def move(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -85,11 +85,11 @@ class Scheduler:
         while len(self.running) > self.max_sequences:  # after forks
             self._preempt()
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
-        size, users = self.page_size, self.pool.users
+        size, own = self.page_size, self.pool.own
         while len(chunks) < len(self.running):
             sequence = self.running[len(chunks)]
             start, page = sequence.computed, sequence.computed // size
-            if start + 1 == len(sequence.tokens) and page < len(sequence.pages) and users(sequence.pages[page]) == 1:
+            if start + 1 == len(sequence.tokens) and page < len(sequence.pages) and own(sequence.pages[page]):
                 chunk = sequence.decoding  # nothing but a token more, as nearly always
                 if chunk is None or chunk.room:
                     chunk = sequence.decoding = Chunk(sequence, start, 1, True)
@@ -219,7 +219,7 @@ class Scheduler:
         """
         pages, start, copy = sequence.pages, sequence.computed, None
         first = start // self.page_size
-        split = first < len(pages) and self.pool.users(pages[first]) > 1
+        split = first < len(pages) and not self.pool.own(pages[first])
         missing = -(-len(sequence.tokens) // self.page_size) - len(pages)
         if missing or split:
             taken = self.pool.take(missing + split)
@@ -230,6 +230,7 @@ class Scheduler:
                 self.pool.give_back(copy[:1])
                 pages[first] = copy[1]
                 sequence.written = min(sequence.written, first)
+                sequence.settled = min(sequence.settled, first * self.page_size)  # more when the copy is made
             pages += taken
         count = min(len(sequence.tokens) - start, most)
         return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
@@ -256,9 +257,14 @@ class Scheduler:
             return None  # before the prompt is looked up again
         prefix = None if sequence.pooled else self.prefix
         if prefix:
-            sequence.pages = prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
-            sequence.computed = sequence.settled = len(sequence.pages) * self.page_size
+            sequence.pages, known = prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
+            sequence.computed = sequence.settled = known
         chunk = self._plan(sequence, most)
+        if not chunk and (more := sequence.computed % self.page_size):  # no room to copy the last page: do without
+            self.pool.give_back([sequence.pages.pop()])
+            sequence.computed -= more
+            sequence.settled = sequence.computed
+            chunk = self._plan(sequence, most)
         if not chunk:
             self._blocked = sequence, -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
             self._release(sequence)
@@ -315,5 +321,11 @@ class Scheduler:
         queue[queue.index(sequence)] = heir
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.give_back(sequence.pages)
+        """It gives back its pages; the last settled keys are kept as well, unless another may write behind them."""
+        pages, (full, rest) = sequence.pages, divmod(sequence.settled, self.page_size)
+        if self.prefix and rest and self.pool.own(pages[full]):
+            before = pages[full - 1] if full else None
+            tokens = sequence.tokens[full * self.page_size : sequence.settled]
+            pages[full] = self.prefix.add(sequence.scope, before, tokens, pages[full])
+        self.pool.give_back(pages)
         sequence.pages, sequence.computed, sequence.settled, sequence.drafted, sequence.written = [], 0, 0, 0, 0
