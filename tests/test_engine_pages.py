@@ -84,10 +84,9 @@ class Pages(RuleBasedStateMachine):
         assert chunks or not (self.scheduler.waiting or self.scheduler.running), "everybody waits for nobody"
         assert sum(chunk.count + chunk.room for chunk in chunks) <= self.scheduler.max_batch_tokens
         for keys in self.keys:
-            before = [[*page] for page in keys]
             for chunk in chunks:
                 if chunk.copy:
-                    keys[chunk.copy[1]] = [*before[chunk.copy[0]]]
+                    keys[chunk.copy[1]] = [*keys[chunk.copy[0]]]
         writers, self.drafted = {}, {}
         for chunk in chunks:
             for _ in range(self.random.randint(0, chunk.room)):

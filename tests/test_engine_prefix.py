@@ -26,10 +26,9 @@ class Memory:
 
     def step(self, next_token=lambda sequence: 0, meanwhile=lambda: None):
         chunks = self.scheduler.schedule()
-        contents = [[*page] for page in self.slots]
         for chunk in chunks:
             if chunk.copy:
-                self.slots[chunk.copy[1]] = [*contents[chunk.copy[0]]]
+                self.slots[chunk.copy[1]] = [*self.slots[chunk.copy[0]]]
         writers, changed = {}, set()
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count

@@ -26,11 +26,12 @@ class KVCache:
         self.v_scale: list[torch.Tensor | None] = [None] * config.layers
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Pages (source, destination): all sources are read before any destination is written."""
+        """Pages (source, destination), where no destination is the source of a pair behind it."""
         arrays = self.k.view(torch.uint8), self.v.view(torch.uint8)  # bytes: not every dtype can be indexed
-        if len(pairs) == 1:  # ten times as fast: nearly always, a prompt that goes on within a page
-            for held in arrays:
-                held[:, pairs[0][1]].copy_(held[:, pairs[0][0]])
+        if self.k.device.type == "cpu" or len(pairs) == 1:  # half the time of indexing
+            for source, destination in pairs:
+                for held in arrays:
+                    held[:, destination].copy_(held[:, source])
             return
         sources, destinations = torch.tensor(pairs, device=self.k.device).unbind(1)
         for held in arrays:

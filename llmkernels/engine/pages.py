@@ -65,7 +65,9 @@ class PagePool:
     def keep(self, page: int) -> None:
         """The page, which is in use, becomes idle rather than empty when its last user gives it back."""
         if not self._users[page] or page in self._kept:
-            raise ValueError(f"page {page} is to be kept but is {'kept already' if self._users[page] else 'not in use'}")
+            raise ValueError(
+                f"page {page} is to be kept but is {'kept already' if self._users[page] else 'not in use'}"
+            )
         self._kept.add(page)
 
     def give_back(self, pages: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ from llmkernels.engine.pages import PagePool
 
 WORTH_A_COPY = 4  # a page is copied for a quarter of its tokens or more
 
+
 @dataclass(slots=True, eq=False)
 class Node:
     """A page, the tokens whose keys it holds, and the pages that continue it, by their tokens.  A root has no page.

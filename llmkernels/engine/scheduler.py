@@ -102,8 +102,9 @@ class Scheduler:
                 spare -= chunk.count - 1
             else:
                 self._preempt()  # the youngest, who has no chunk yet; at worst this very sequence
+        known: dict[Sequence, int] = {}
         while self.waiting and spare and len(self.running) < self.max_sequences:
-            chunk = self._admit(self._next(), spare)
+            chunk = self._admit(self._next(known), spare)
             if not chunk:
                 break
             self.running.append(self.waiting.popleft())
@@ -235,15 +236,17 @@ class Scheduler:
         count = min(len(sequence.tokens) - start, most)
         return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
 
-    def _next(self) -> Sequence:
-        """Who waits and is to be admitted first, from now on at the front."""
+    def _next(self, known: dict[Sequence, int]) -> Sequence:
+        """Who waits and is to be admitted first, from now on at the front.  known: in pages; looked up once a step."""
         first = self.waiting[0]
         if not self.prefix or len(self.waiting) == 1 or first.cached is not None or first is self._blocked[0]:
             return first
         near = list(islice(self.waiting, LOOKAHEAD))
         patient = next((i for i, sequence in enumerate(near) if sequence.overtaken >= PATIENCE), LOOKAHEAD)
-        known = [len(self.prefix.peek(sequence.scope, sequence.tokens[:-1])) for sequence in near[: patient + 1]]
-        at = known.index(max(known))
+        for sequence in near[: patient + 1]:
+            if sequence not in known:
+                known[sequence] = len(self.prefix.peek(sequence.scope, sequence.tokens[:-1]))
+        at = max(range(len(near[: patient + 1])), key=lambda i: known[near[i]])
         for sequence in near[:at]:
             sequence.overtaken += 1
         del self.waiting[at]
