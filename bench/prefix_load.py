@@ -10,8 +10,8 @@ The same requests go to an engine with reuse and to one without, while BESIDE ot
                half of the time.  The times are the same for both.
 
 The time to the first token counts from the arrival, so what waits for others is in it.  Nothing is cached when a
-workload begins, and its first prompts are counted too: each round has salts of its own, each chat as well.  Every page
-of the cache has been written before, as in a server that has run for a while.
+workload begins, and its first prompts are counted too.  Every page of the cache has been written before, as in a server
+that has run for a while.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, permutations
+from itertools import accumulate, chain, permutations
 from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
@@ -34,7 +34,7 @@ from llmkernels.bench import results
 from llmkernels.engine import LLM, SamplingParams
 from llmkernels.engine.output import Output
 
-CLIENTS, TURNS, WAVES, ROUNDS = 16, 20, 6, 2
+CLIENTS, TURNS, WAVES = 16, 20, 8
 BESIDE = 4  # sequences that decode all the time
 CHAT_ANSWER, ANSWER = 24, 8  # tokens of an answer in a chat, and to a question behind a system prompt
 
@@ -102,49 +102,37 @@ def chats(llm: LLM, turns: int) -> list[list[Request]]:
     asked, said, waves = questions(), [""] * CLIENTS, []
     for _ in range(turns):
         prompts = [text + next(asked) for text in said]
-        waves.append([Request(prompt, f"{i}") for i, prompt in enumerate(prompts)])
+        waves.append([Request(prompt, f"chat {i}") for i, prompt in enumerate(prompts)])
         answers = llm.generate(prompts, SamplingParams(max_tokens=CHAT_ANSWER, ignore_eos=True))
         said = [f"{prompt}{answer.text}\n" for prompt, answer in zip(prompts, answers, strict=True)]
     return waves
 
 
-def behind(system: str, waves: int) -> list[list[Request]]:
+def behind(owner: str, system: str, waves: int) -> list[list[Request]]:
     """Questions behind one system prompt: a single one, then CLIENTS of them in each wave."""
     asked = questions()
     prompts = [[f"system: {system}\n{next(asked)}" for _ in range(n)] for n in (1, *[CLIENTS] * waves)]
-    return [[Request(prompt, "all") for prompt in wave] for wave in prompts]
+    return [[Request(prompt, owner) for prompt in wave] for wave in prompts]
 
 
-def measure(on: LLM, off: LLM, waves: list[list[Request]], answer: int, rounds: int) -> dict[str, Any]:
+def measure(on: LLM, off: LLM, waves: list[list[Request]], answer: int) -> dict[str, Any]:
     """Both ways of arriving, with and without reuse."""
-    salts = (f"{answer} {number}" for number in count())
     engines = {"off": Busy(off, answer), "on": Busy(on, answer)}
-    runs: dict[str, dict[str, list[Any]]] = {way: {"off": [], "on": []} for way in ("at_once", "at_random")}
     for busy in engines.values():  # the warm-up
         for wave in waves[:3]:
-            busy.serve(wave, [0.0] * len(wave), f"warm-up {len(waves[0])}")
-    longest = 0.0
-    for _ in range(rounds):
-        salt = next(salts)
-        for name, busy in engines.items():
-            for wave in waves:
-                rows = busy.serve(wave, [0.0] * len(wave), salt)
-                runs["at_once"][name] += rows
-                longest += max(seconds for seconds, *_ in rows) if name == "off" else 0.0
+            busy.serve(wave, [0.0] * len(wave), "warm-up")
+    once = {name: [busy.serve(wave, [0.0] * len(wave), "once") for wave in waves] for name, busy in engines.items()}
     requests = [request for wave in waves for request in wave]
-    gap = 2 * longest / (rounds * len(requests))
-    for number in range(rounds):
-        salt, draw = next(salts), random.Random(number)
-        arrivals = [0.0]
-        while len(arrivals) < len(requests):
-            arrivals.append(arrivals[-1] + draw.expovariate(1 / gap))
-        for name, busy in engines.items():
-            runs["at_random"][name] += busy.serve(requests, arrivals, salt)
+    gap = 2 * sum(max(seconds for seconds, *_ in rows) for rows in once["off"]) / len(requests)
+    draw = random.Random(0)
+    arrivals = [*accumulate(draw.expovariate(1 / gap) for _ in requests)]
+    spread = {name: busy.serve(requests, arrivals, "random") for name, busy in engines.items()}
     for busy in engines.values():
         busy.clear()
-    report: dict[str, Any] = {way: compared(both["off"], both["on"]) for way, both in runs.items()}
-    report["at_random"]["gap_ms"] = round(1e3 * gap, 2)
-    return report
+    return {
+        "at_once": compared(*([*chain(*once[name])] for name in ("off", "on"))),
+        "at_random": {"gap_ms": round(1e3 * gap, 2)} | compared(spread["off"], spread["on"]),
+    }
 
 
 def compared(off: list[tuple[float, int, int]], on: list[tuple[float, int, int]]) -> dict[str, Any]:
@@ -165,9 +153,8 @@ def compared(off: list[tuple[float, int, int]], on: list[tuple[float, int, int]]
 def told(seconds: list[float]) -> dict[str, float]:
     """Mean, median and 99th percentile, in ms."""
     cuts = quantiles(seconds, n=100, method="inclusive")
-    return {
-        name: round(1e3 * value, 3) for name, value in (("mean", mean(seconds)), ("p50", cuts[49]), ("p99", cuts[98]))
-    }
+    figures = {"mean": mean(seconds), "p50": cuts[49], "p99": cuts[98]}
+    return {name: round(1e3 * value, 3) for name, value in figures.items()}
 
 
 def main() -> None:
@@ -180,17 +167,17 @@ def main() -> None:
     device = roofline.device_name("cpu")
     if not options.quick and (place := results.place(device)):
         options.json = options.json or place.with_name(f"{place.stem}-prefix-load.json")
-    turns, waves, rounds = (4, 1, 1) if options.quick else (TURNS, WAVES, ROUNDS)
+    turns, waves = (4, 1) if options.quick else (TURNS, WAVES)
     report: dict[str, Any] = {"device": device, "versions": status.versions(), "threads": options.threads}
-    report |= {"clients": CLIENTS, "beside": BESIDE, "rounds": rounds}
+    report |= {"clients": CLIENTS, "beside": BESIDE}
     with llmkernels.use(policy="silent"):
         on, off = (LLM(device="cpu", prefix_reuse=kept) for kept in (True, False))
         for llm in (on, off):
             cache = llm.forwards[0].cache
             cache.k.zero_(), cache.v.zero_()
-        report["chats"] = measure(on, off, chats(off, turns), CHAT_ANSWER, rounds)
-        report["shared_prompt"] = measure(on, off, behind(SYSTEM, waves), ANSWER, rounds)
-        report["long_prompt"] = measure(on, off, behind(LONG, waves), ANSWER, rounds)
+        report["chats"] = measure(on, off, chats(off, turns), CHAT_ANSWER)
+        for name, system in (("shared_prompt", SYSTEM), ("long_prompt", LONG)):
+            report[name] = measure(on, off, behind(name, system, waves), ANSWER)
     for name in ("chats", "shared_prompt", "long_prompt"):
         for way, row in report[name].items():
             saved = ", ".join(

@@ -63,11 +63,9 @@ class PagePool:
             self._users[page] += 1
 
     def keep(self, page: int) -> None:
-        """The page, which is in use, becomes idle rather than empty when its last user gives it back."""
-        if not self._users[page] or page in self._kept:
-            raise ValueError(
-                f"page {page} is to be kept but is {'kept already' if self._users[page] else 'not in use'}"
-            )
+        """The page, which is its user's own, becomes idle rather than empty when its last user gives it back."""
+        if not self.own(page):
+            raise ValueError(f"page {page} is to be kept but is not in use, not of one user, or kept already")
         self._kept.add(page)
 
     def give_back(self, pages: Sequence[int]) -> None:
