@@ -96,7 +96,7 @@ class PrefixCache:
             page: a page of the caller's own; see PagePool.own.
         """
         key = tuple(tokens)
-        parent = self._nodes[before] if before is not None else self._root(scope)
+        parent = self._nodes[before] if before is not None else self._roots.setdefault(scope, Node(-1, (), None, scope))
         known = parent.children.get(key)
         if known is None:
             self._nodes[page] = parent.children[key] = parent.latest[key[0]] = Node(page, key, parent, scope)
@@ -113,11 +113,6 @@ class PrefixCache:
             depth, node = stack.pop()
             yield depth, node
             stack += [(depth + 1, child) for child in node.children.values()]
-
-    def _root(self, scope: Hashable) -> Node:
-        if scope not in self._roots:
-            self._roots[scope] = Node(-1, (), None, scope)
-        return self._roots[scope]
 
     def _forget(self, page: int) -> None:
         node = self._nodes.pop(page)

@@ -27,7 +27,7 @@ Those that came true are tokens like others; of the rest neither pages nor count
 
 from collections import deque
 from collections.abc import Sequence as Row
-from dataclasses import replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 from llmkernels.engine.pages import PagePool
@@ -39,6 +39,7 @@ PATIENCE = 8
 MOST_KNOWN = 8  # tokens that a chunk may bring (a grammar forces them) and have guesses behind them
 
 
+@dataclass(eq=False)
 class Scheduler:
     """First come, first served, under a budget of tokens a step and a pool of pages.
 
@@ -48,26 +49,23 @@ class Scheduler:
     guesses: how many guesses a sequence may have verified in a step.
     """
 
-    def __init__(
-        self,
-        pool: PagePool,
-        page_size: int,
-        max_batch_tokens: int,
-        max_sequences: int,
-        prefix: PrefixCache | None = None,
-        guesses: int = 0,
-    ):
-        if not 1 <= max_sequences <= max_batch_tokens:
+    pool: PagePool
+    page_size: int
+    max_batch_tokens: int
+    max_sequences: int
+    prefix: PrefixCache | None = None
+    guesses: int = 0
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    preemptions: int = 0
+    _blocked: tuple[Sequence | None, int] = (None, 0)  # who waits for pages, and how many it lacked
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sequences <= self.max_batch_tokens:
             raise ValueError(
-                f"max_sequences is {max_sequences} and max_batch_tokens {max_batch_tokens}; "
+                f"max_sequences is {self.max_sequences} and max_batch_tokens {self.max_batch_tokens}; "
                 "give 1 <= max_sequences <= max_batch_tokens, a token each step for each sequence"
             )
-        self.pool, self.page_size, self.prefix = pool, page_size, prefix
-        self.max_batch_tokens, self.max_sequences, self.guesses = max_batch_tokens, max_sequences, guesses
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.preemptions = 0
-        self._blocked: tuple[Sequence | None, int] = (None, 0)  # who waits for pages, and how many it lacked
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and its forks; ValueError where even an empty pool could not hold it to its end."""
@@ -138,12 +136,8 @@ class Scheduler:
             if chunk.room:
                 gained.append(self._append(sequence, [*chunk.accepted, token]))
                 continue
-            sequence.tokens.append(token)
+            self.extend(sequence, token)
             gained.append(1)
-            if token in sequence.stop:
-                self._finish(sequence, "stop")
-            elif len(sequence.tokens) >= sequence.limit:
-                self._finish(sequence, "length")
         return gained
 
     def extend(self, sequence: Sequence, token: int) -> None:
@@ -159,19 +153,13 @@ class Scheduler:
 
         It runs right behind this one; where that does not run, it waits in front.
         """
-        child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
-        child.pages, child.computed, child.settled, child.drafted = [], 0, 0, 0
-        child.memory, child.row, child.decoding = None, -1, None
+        tokens = [*sequence.tokens[:length], token]
+        child = Sequence(tokens, sequence.prompt_length, sequence.limit, sequence.stop, sequence.scope)
+        child.adapter, child.plain, child.cached = sequence.adapter, sequence.plain, sequence.cached
         if sequence not in self.running:
             self.waiting.appendleft(child)
             return child
-        known = min(length, sequence.settled)
-        full = known // self.page_size * self.page_size
-        child.computed = known if sequence.computed < full + self.page_size else full
-        child.settled = child.computed
-        child.pages = sequence.pages[: -(-child.computed // self.page_size)]  # not the last one, once full and kept
-        self.pool.share(child.pages)
-        self.running.insert(self.running.index(sequence) + 1, child)
+        self._go_on(child, sequence, min(length, sequence.settled), self.running.index(sequence) + 1)
         return child
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
@@ -204,9 +192,8 @@ class Scheduler:
         sequence = chunk.sequence
         count = len(sequence.tokens)
         most = min(most, sequence.limit - count - 1)  # a token follows the last guess
-        forced = chunk.count <= MOST_KNOWN and chunk.start >= sequence.prompt_length
-        decodes = chunk.samples and (chunk.count == 1 or forced)
-        if not decodes or sequence.plain or sequence.forks or most < 1:
+        decodes = chunk.count == 1 or (chunk.count <= MOST_KNOWN and chunk.start >= sequence.prompt_length)
+        if not (chunk.samples and decodes) or sequence.plain or sequence.forks or most < 1:
             return 0
         missing = -(-(count + most) // self.page_size) - len(sequence.pages)
         sequence.pages += self.pool.take(min(missing, self.pool.free)) or [] if missing > 0 else []
@@ -243,15 +230,16 @@ class Scheduler:
             return first
         near = list(islice(self.waiting, LOOKAHEAD))
         patient = next((i for i, sequence in enumerate(near) if sequence.overtaken >= PATIENCE), LOOKAHEAD)
-        for sequence in near[: patient + 1]:
+        near = near[: patient + 1]
+        for sequence in near:
             if sequence not in known:
                 known[sequence] = len(self.prefix.peek(sequence.scope, sequence.tokens[:-1]))
-        at = max(range(len(near[: patient + 1])), key=lambda i: known[near[i]])
-        for sequence in near[:at]:
+        longest = max(near, key=known.__getitem__)
+        for sequence in near[: near.index(longest)]:
             sequence.overtaken += 1
-        del self.waiting[at]
-        self.waiting.appendleft(near[at])
-        return near[at]
+        self.waiting.remove(longest)
+        self.waiting.appendleft(longest)
+        return longest
 
     def _admit(self, sequence: Sequence, most: int) -> Chunk | None:
         """The first chunk of a sequence that waits, behind the longest known prefix; None where pages are short."""
@@ -295,13 +283,18 @@ class Scheduler:
             if len(self.running) == self.max_sequences:
                 late.append(child)
                 continue
-            child.computed = child.settled = child.cached = len(child.tokens) - 1
-            child.pages = parent.pages[: -(-len(child.tokens) // self.page_size)]
-            self.pool.share(child.pages)
-            self.running.insert(at, child)
+            child.cached = len(child.tokens) - 1
+            self._go_on(child, parent, child.cached, at)
             at += 1
         self.waiting.extendleft(reversed(late))
         parent.forks = []
+
+    def _go_on(self, child: Sequence, parent: Sequence, computed: int, at: int) -> None:
+        """The child runs at place `at`, behind so many of the parent's tokens, in the same pages."""
+        child.computed = child.settled = computed
+        child.pages = parent.pages[: -(-computed // self.page_size)]
+        self.pool.share(child.pages)
+        self.running.insert(at, child)
 
     def _preempt(self) -> None:
         victim = self.running.pop()
