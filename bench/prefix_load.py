@@ -168,7 +168,12 @@ def main() -> None:
     if not options.quick and (place := results.place(device)):
         options.json = options.json or place.with_name(f"{place.stem}-prefix-load.json")
     turns, waves = (4, 1) if options.quick else (TURNS, WAVES)
-    report: dict[str, Any] = {"device": device, "versions": status.versions(), "threads": options.threads}
+    report: dict[str, Any] = {
+        "device": device,
+        "command": "python bench/prefix_load.py",
+        "versions": status.versions(),
+        "threads": options.threads,
+    }
     report |= {"clients": CLIENTS, "beside": BESIDE}
     with llmkernels.use(policy="silent"):
         on, off = (LLM(device="cpu", prefix_reuse=kept) for kept in (True, False))
