@@ -8,10 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
+from ._ptx import E4M3_BITS_HALVES, E4M3_HALVES, E5M2_HALVES, INT8_HALVES
+
 PLAIN, INT8, E4M3, E5M2, INT8_BITS, E4M3_BITS, E5M2_BITS = map(tl.constexpr, range(7))
 """How the elements of an array are stored; FP8 with _BITS is passed as uint8."""
 
 _KINDS = {torch.int8: (INT8_BITS, INT8), torch.float8_e4m3fn: (E4M3_BITS, E4M3), torch.float8_e5m2: (E5M2_BITS, E5M2)}
+
+
+def in_words(x):
+    """An array of one-byte numbers as 16-bit words of two neighbours; None where they are no whole words."""
+    whole = x.element_size() == 1 and x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and x.data_ptr() % 2 == 0
+    even = all(step % 2 == 0 for step in (x.storage_offset(), *x.stride()[:-1]))
+    return x.view(torch.int16) if whole and even else None
 
 
 def stored(x, chip):
@@ -35,6 +44,39 @@ def decoded(x, dtype: tl.constexpr, KIND: tl.constexpr):
     else:
         value = x
     return exactly(value.to(tl.float32), dtype) if KIND >= INT8_BITS else value.to(dtype)
+
+
+@triton.jit
+def halves(words, KIND: tl.constexpr, PTX: tl.constexpr):
+    """The low and the high bytes of 16-bit words as float16, which holds them exactly."""
+    if PTX:
+        CODE: tl.constexpr = (
+            INT8_HALVES if KIND == INT8
+            else E4M3_HALVES if KIND == E4M3
+            else E4M3_BITS_HALVES if KIND == E4M3_BITS
+            else E5M2_HALVES
+        )  # fmt: skip
+        low, high = tl.inline_asm_elementwise(
+            CODE, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        words = words.to(tl.uint16, bitcast=True)
+        low, high = _half(words << 8, KIND), _half(words & 0xFF00, KIND)
+    return low, high
+
+
+@triton.jit
+def _half(upper, KIND: tl.constexpr):
+    """The upper bytes of 16-bit words whose lower are 0."""
+    if KIND == INT8 or KIND == INT8_BITS:
+        found = ((upper >> 8) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0  # 1024 + 128 + the number
+    elif KIND == E4M3 or KIND == E4M3_BITS:
+        bits = (upper & 0x8000) | ((upper & 0x7F00) >> 1)
+        found = bits.to(tl.float16, bitcast=True) * 256.0
+        found = tl.where((upper & 0x7F00) == 0x7F00, float("nan"), found)
+    else:
+        found = upper.to(tl.float16, bitcast=True)
+    return found
 
 
 @triton.jit
