@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton backend: CUDA graphs, and torch.compile without a break.
+"""What only a GPU can show of the Triton backend: CUDA graphs, torch.compile without a break, code for NVIDIA.
 
 `python tests/triton_gpu.py [PART] [--jobs N]` makes every check, or those whose name contains PART, each in a process
 of its own, and needs no pytest; tests/test_triton_gpu.py makes them too.
@@ -137,9 +137,29 @@ def compiled_into_one_graph(dtype):
             assert same([part.clone() for part in run(x, weight, gain)], list(layer(x, weight, gain)))
 
 
+def words_of_two_codes():
+    """What unpacks them on NVIDIA, and in Triton's own words what does elsewhere."""
+    from triton_codes import words_become_float16
+
+    nvidia = not torch.version.hip
+    converts = nvidia and torch.cuda.get_device_capability() >= (8, 9)
+    words_become_float16("cuda", nvidia, converts)
+    words_become_float16("cuda")
+
+
+def every_code(dtype):
+    """In the keys and in the values of attention."""
+    from triton_codes import CACHES, attention_reads_codes
+
+    for cache in CACHES:
+        attention_reads_codes("cuda", getattr(torch, dtype), cache)
+
+
 CHECKS = {
     **{f"graph of {op} {dtype}": partial(graph_of, op, dtype) for op in sorted(OPS) for dtype in DTYPES},
     **{f"graph of a smaller batch {dtype}": partial(graph_of_a_smaller_batch, dtype) for dtype in DTYPES},
+    "words of two codes": words_of_two_codes,
+    **{f"every code {dtype}": partial(every_code, dtype) for dtype in DTYPES},
     **{f"torch.compile {dtype}": partial(compiled_into_one_graph, dtype) for dtype in DTYPES},
 }
 

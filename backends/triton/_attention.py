@@ -23,7 +23,9 @@ from ._ptx import after_previous
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-RAISE = tl.constexpr(15)  # weights, 1 at most, are stored as float16 2^15 times as large: then none is lost as too small
+RAISE = tl.constexpr(
+    15
+)  # weights, 1 at most, are stored as float16 2^15 times as large: then none is lost as too small
 
 
 @triton.jit
@@ -238,7 +240,7 @@ def _owner(tile, starts, seqs, TOKENS: tl.constexpr):
 
 @triton.jit
 def _towards(largest, EXPONENT: tl.constexpr):
-    """Powers of two for numbers of float32 >= 0: what brings each below 2^EXPONENT and not below half of it, and back."""
+    """Powers of two for float32 numbers >= 0: what brings each below 2^EXPONENT, not below half of it, and back."""
     exponent = largest.to(tl.int32, bitcast=True) >> 23
     found = tl.minimum(253 + EXPONENT - exponent, 253)  # both are normal numbers
     return (found << 23).to(tl.float32, bitcast=True), ((254 - found) << 23).to(tl.float32, bitcast=True)

@@ -172,14 +172,14 @@ E5M2_HALVES = tl.constexpr("""{
 
 
 def _e4m3_halves():
-    """Where no instruction converts: the byte after copies of its sign, moved up by 7, times 256; NaN is added to NaN."""
+    """Where no instruction converts: the byte below copies of its sign, moved up by 7, times 256; NaN adds NaN."""
     lines = [".reg .b32 bits, size, broken, nan, factor; mov.b32 nan, 0x3F803F80; mov.b32 factor, 0x5C005C00;"]
     for index, spread in ((0, "0xA280"), (1, "0xB391")):
         lines += [
             f"prmt.b32 bits, $2, 0, {spread};",
             "shl.b32 bits, bits, 7;",
-            "and.b32 size, bits, 0x3F803F80;",
             "and.b32 bits, bits, 0xBF80BF80;",
+            "abs.f16x2 size, bits;",
             "set.eq.u32.f16x2 broken, size, nan;",
             f"fma.rn.f16x2 ${index}, bits, factor, broken;",
         ]

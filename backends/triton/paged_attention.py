@@ -5,7 +5,7 @@ import math
 import torch
 
 from ._attention import attend, combine
-from ._bytes import in_words, stored
+from ._bytes import stored, words_of
 from ._chip import chip_of
 from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
 from ._tuned import choose
@@ -42,11 +42,9 @@ def run(
 
     queries = min(tokens, max_seqlen_q or tokens)  # the most of a sequence
     keys = min(block_table.shape[1] * page_size, FAR if max_seqlen_k is None else max_seqlen_k)
-    words = None
-    if q.element_size() == 2 and k_cache.element_size() == 1:
-        words = [in_words(cache) for cache in (k_cache, v_cache)]
-    in_pairs = words is not None and None not in words
-    dim_a, dim_b = _split(dim, 32 if in_pairs else 16)
+    in_words = [words_of(cache, chip) for cache in (k_cache, v_cache)] if q.element_size() == 2 else [None]
+    words = None not in in_words
+    dim_a, dim_b = _split(dim, 32 if words else 16)
     inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride() and v_dim == dim_a
     if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
         dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
@@ -72,9 +70,7 @@ def run(
         share_lse = torch.empty((tokens, heads, shares), dtype=torch.float32, device=q.device)
 
     q_in = readable(q if q.stride(2) == 1 else q.contiguous())
-    (k_in, kind), (v_in, _) = (stored(readable(cache), chip) for cache in (k_cache, v_cache))
-    if in_pairs:
-        k_in, v_in = words
+    (k_in, kind), (v_in, _) = in_words if words else (stored(readable(cache), chip) for cache in (k_cache, v_cache))
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     tree = None if tree_mask is None else tree_mask.contiguous().view(torch.int32)
     k_scale, v_scale, slopes, sinks = (
@@ -92,8 +88,8 @@ def run(
         *k_in.stride(), *v_in.stride(), table.stride(0), 0 if tree is None else tree.shape[1],
         _step(k_scale), _step(v_scale),
         GROUP=group, HEADS=in_tile, DIM=dim, DIM_A=dim_a, DIM_B=dim_b, V_DIM=v_dim, 
-        V_PAD=power(v_dim, 32 if in_pairs else 16), PAGE=page_size, KIND=kind, WORDS=in_pairs,
-        PTX=in_pairs and not chip.amd and not INTERPRETED, V_IN_K=inside, SAME=k_in.stride() == v_in.stride(),
+        V_PAD=power(v_dim, 32 if words else 16), PAGE=page_size, KIND=kind, WORDS=words,
+        PTX=words and not chip.amd and not INTERPRETED, V_IN_K=inside, SAME=k_in.stride() == v_in.stride(),
         WIDE=max(_reach(k_in), _reach(v_in)) >= 2**31,
         LEFT=left >= 0 and tree is None, RIGHT=right >= 0 and tree is None, PLAIN_SCORES=plain, SHARES=shares > 1,
         ONE_TILE=one_tile, **tiles,
