@@ -7,11 +7,11 @@ The interpreter keeps bfloat16 as its bits, which is all that `decoded`, `nibble
 import torch
 import triton
 import triton.language as tl
+from llmkernels.backends.triton._bytes import E4M3, E4M3_BITS, E5M2_BITS, INT8, INT8_BITS, decoded, halves
+from llmkernels.backends.triton._codes import bytes_, nibbles
 
 import llmkernels
 from llmkernels import use
-from llmkernels.backends.triton._bytes import E4M3, E4M3_BITS, E5M2_BITS, INT8, INT8_BITS, decoded, halves
-from llmkernels.backends.triton._codes import bytes_, nibbles
 
 CACHES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 WORDS = {INT8.value: torch.int8, E4M3_BITS.value: torch.float8_e4m3fn, E5M2_BITS.value: torch.float8_e5m2}

@@ -102,7 +102,7 @@ def attend(
     factor = scale
     if k_scale is not None:
         factor = scale * tl.load(k_scale + kv_head * k_scale_head)
-    power = tl.full([BLOCK_M], unit, tl.float32)
+    power = unit
     if WORDS:
         largest = tl.max(tl.abs(q_a.to(tl.float32)), 1)
         if DIM > DIM_A:
@@ -183,9 +183,9 @@ def attend(
             if WORDS:
                 weights = tl.exp2(scores * power[:, None] - (base * power - RAISE)[:, None])
             elif q.dtype.element_ty == tl.float32:
-                weights = tl.exp2((scores - base[:, None]) * power[:, None])
+                weights = tl.exp2((scores - base[:, None]) * unit)
             else:  # one instruction less
-                weights = tl.exp2(scores * power[:, None] - (base * power)[:, None])
+                weights = tl.exp2(scores * unit - (base * unit)[:, None])
             shrink = tl.exp2((top - base) * power)
             total = total * shrink + tl.sum(weights, 1)
             acc = acc * shrink[:, None]
