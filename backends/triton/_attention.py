@@ -114,6 +114,7 @@ def attend(
         if PLAIN_SCORES:
             power = larger * unit
         else:
+            power = tl.full([BLOCK_M], unit, tl.float32)
             factor = (larger * factor)[:, None]
     if slopes is not None:
         slope = tl.load(slopes + head, mask=real, other=0.0)
