@@ -115,7 +115,7 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "EDGE": edge, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
         block = 32 if wide <= 128 and not chip.rdna else 16
-        warps = 4 if chip.amd and wide > 256 else 8  # a lane of 8 has 256 registers there
+        warps = 8 if wide <= 256 else 4 if chip.amd else 16  # a lane has 256 registers there with 8, 128 here with 16
         return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
     # AMD: Triton gives each wave whole rows of the first product, so those beyond one for 16 rows would multiply, and
     # unpack, the same keys again.  They are as many as registers ask for.
