@@ -42,12 +42,6 @@ def run(
 
     queries = min(tokens, max_seqlen_q or tokens)  # the most of a sequence
     keys = min(block_table.shape[1] * page_size, FAR if max_seqlen_k is None else max_seqlen_k)
-    in_words = [words_of(cache, chip) for cache in (k_cache, v_cache)] if q.element_size() == 2 else [None]
-    words = None not in in_words
-    dim_a, dim_b = _split(dim, 32 if words else 16)
-    inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride() and v_dim == dim_a
-    if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
-        dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     rows = group * min(queries, blocks(tokens, seqs))
     heuristic = _tiles(
         chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim, programs=seqs * kv_heads,
@@ -59,6 +53,14 @@ def run(
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
     )  # fmt: skip
     tiles = tiles | {"EDGE": min(tiles["EDGE"], tiles["BLOCK_N"])}
+    in_words = [None]
+    if q.element_size() == 2 and not (chip.arch.startswith("sm_10") and tiles["BLOCK_M"] >= 64):
+        in_words = [words_of(cache, chip) for cache in (k_cache, v_cache)]
+    words = None not in in_words  # tcgen05 of Blackwell: two sums in its own memory take more than words save
+    dim_a, dim_b = _split(dim, 32 if words else 16)
+    inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride() and v_dim == dim_a
+    if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
+        dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     in_tile = min(group, tiles["BLOCK_M"])
     per_tile = tiles["BLOCK_M"] // in_tile  # tokens
     one_tile = queries <= per_tile
