@@ -181,6 +181,12 @@ FAULTS = {
     ),
     "the second band of tiles is the first": product("band = index // (BAND * tiles_n)", "band = index * 0", LARGER),
     "tiles of features in the order of rows": product("within // height", "within % height", LARGE),
+    "every second tile of a program is left out": product(
+        "tl.cdiv(features, BLOCK_N), tl.num_programs(0)", "tl.cdiv(features, BLOCK_N), 2 * tl.num_programs(0)", LARGER
+    ),
+    "the halves of a described tile are exchanged": product(
+        "2 * tile * HALF], left", "2 * tile * HALF], right", LARGER
+    ),
     "the last share is not added": product("tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", LARGE),
     "nibbles in the wrong order": product("_dot(odd, high, _dot(even, low", "_dot(even, high, _dot(odd, low", LARGE),
     "the symmetric zero point is 7": Fault(

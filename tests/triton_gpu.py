@@ -19,7 +19,8 @@ import torch
 
 import llmkernels
 from llmkernels import use
-from llmkernels.bench.subject import bound
+from llmkernels.bench.subject import Subject, bound
+from llmkernels.contract import Case
 from llmkernels.discovery import implementation
 from llmkernels.inputs import inputs
 from llmkernels.memory import bits
@@ -155,11 +156,38 @@ def every_code(dtype):
         attention_reads_codes("cuda", getattr(torch, dtype), cache)
 
 
+MANY = (  # rows, features, more: beyond the contract's cases, where tensor descriptors and long-lived programs begin
+    (256, 520, {}),
+    (300, 24 * 1024 + 8, {"activation": "silu", "bias": True}),
+    (1000, 4104, {"residual": True}),
+    (2049, 4096, {}),
+    (512, 16384, {"activation": "swiglu", "bias": True}),
+    (1027, 8208, {"activation": "geglu"}),
+    (300, 1002, {}),  # rows of y that no descriptor takes
+    *((777, 2056, {"scheme": scheme}) for scheme in ("w4a16_g128", "w4a8_g128", "w8a8", "w8a16", "fp8_row", "mxfp4")),
+    (513, 6144, {"scheme": "fp8_block"}),
+    (2100, 3080, {"scheme": "fp8_block"}),
+    (3000, 3080, {"scheme": "w8a8"}),
+    (3000, 3080, {"scheme": "fp8_row", "activation": "swiglu"}),
+)
+
+
+def products_of_many_rows(dtype):
+    """Against the float64 oracle; features and rows that no tile divides."""
+    contract, run = OPS["norm_linear_activation"].contract, implementation("triton", "norm_linear_activation").run
+    for rows, features, more in MANY:
+        case = Case("many rows", {"rows": rows, "features": features, "in_": 640, "norm_weight": True} | more)
+        subject = Subject(contract, case.name, dtype, inputs(contract, case, dtype, "cuda"), "cuda")
+        wrong, _, _ = subject.judge(subject.answers(run, subject.copy()))
+        assert not wrong, f"{rows} x {features} {more}: {wrong}"
+
+
 CHECKS = {
     **{f"graph of {op} {dtype}": partial(graph_of, op, dtype) for op in sorted(OPS) for dtype in DTYPES},
     **{f"graph of a smaller batch {dtype}": partial(graph_of_a_smaller_batch, dtype) for dtype in DTYPES},
     "words of two codes": words_of_two_codes,
     **{f"every code {dtype}": partial(every_code, dtype) for dtype in DTYPES},
+    **{f"products of many rows {dtype}": partial(products_of_many_rows, dtype) for dtype in DTYPES},
     **{f"torch.compile {dtype}": partial(compiled_into_one_graph, dtype) for dtype in DTYPES},
 }
 
