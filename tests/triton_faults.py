@@ -169,13 +169,10 @@ FAULTS = {
     "a share of the columns of x left out": Fault(
         "lora_gemm", "tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", "lora_gemm", ("",)
     ),
-    "row without an adapter is written": Fault(
-        "lora_gemm",
-        "inside = (mine >= 0)[:, None] & (output",
-        "inside = (row < rows)[:, None] & (output",
-        "lora_gemm",
-        ("",),
+    "rows without an adapter, or of one before, are written": Fault(
+        "lora_gemm", "own = (mine == adapter)", "own = (mine <= adapter)", "lora_gemm", ("",)
     ),
+    "an adapter is passed over": Fault("lora_gemm", "count, ADAPTERS)", "count, ADAPTERS + 1)", "lora_gemm", ("",)),
     "unpacked with the scale of another group": Fault(
         "_dequantize", "* BLOCK_K // GROUP + tl", "* BLOCK_K // GROUP + 1 + tl", "quantized_gemm", (LARGER,)
     ),
