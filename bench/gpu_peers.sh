@@ -8,7 +8,7 @@
 # tabulate, tqdm, cuda-bindings.  The kernels are for ARCH=9.0a and are built by nvcc, minutes each, with a Python that has
 # torch and those packages, and nvcc in CUDA_HOME; prefill wants the headers of cuRAND and norm those of cuBLAS, in INCLUDE
 # where CUDA_HOME has none.
-# They go where FlashInfer looks for kernels that are built, and their sources go, 80 MB.  `none` builds none and keeps
+# They go where FlashInfer looks for kernels that are built, and most of their sources go, 80 MB.  `none` builds none and keeps
 # them, so that FlashInfer builds there, if nvcc is there.
 set -euo pipefail
 folder=${1:?usage: bench/gpu_peers.sh DIR [MODULE ...]}
@@ -33,7 +33,7 @@ PYTHON
 cc -shared -o "$folder/libcuda.so" -x c /dev/null  # to link against; the driver's own is loaded there
 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$folder FLASHINFER_CUDA_ARCH_LIST=${ARCH:-9.0a} FLASHINFER_EXTRA_LDFLAGS=-L$folder \
     FLASHINFER_EXTRA_CUDAFLAGS=${INCLUDE:+-isystem $INCLUDE} MAX_JOBS=${JOBS:-2} "$python" - "$folder/site" "${@:-all}" <<'PYTHON'
-import shutil, sys, time
+import re, shutil, sys, time
 from pathlib import Path
 sys.path.append(sys.argv[1])  # behind the packages of this Python, whose version may be another
 import torch
@@ -55,9 +55,10 @@ for name in wanted:
     if module.get_library_path() != place / f"{module.name}.so":  # there from a run before
         shutil.copy(module.get_library_path(), place)
     print(f"{name}: {module.name}, {time.time() - since:.0f} s", flush=True)
-if wanted:
-    for source in Path(sys.argv[1], "flashinfer", "data").iterdir():
-        if source.is_dir() and source.name != "aot":
-            shutil.rmtree(source)
+if wanted:  # FlashInfer reads its templates and copies kernels' own files all the same
+    for source in Path(sys.argv[1], "flashinfer", "data").rglob("*"):
+        kept = "aot" in source.parts or re.search(r"jinja|prefill|decode|norm|activation", source.name)
+        if source.is_file() and not kept:
+            source.unlink()
 PYTHON
 rm -r "$folder/wheels"

@@ -7,7 +7,7 @@ of its own, and needs no pytest; tests/test_triton_gpu.py makes them too.
 import argparse
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -192,6 +192,12 @@ CHECKS = {
 }
 
 
+def alone(name):
+    """Make a check in a process of its own: a fault in a kernel ends the CUDA context, or the process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(CHECKS[name]).result()
+
+
 def raised(error):
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
@@ -205,9 +211,8 @@ def main():
         sys.exit("torch sees no GPU here")
     names = [name for name in CHECKS if options.part in name]
     failed = 0
-    # A fault in a kernel ends the CUDA context of its process, so each check has one of its own.
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for done in as_completed(waiting := {pool.submit(CHECKS[name]): name for name in names}):
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed(waiting := {pool.submit(alone, name): name for name in names}):
             error = done.exception()  # every check is made, and each failure told
             failed += error is not None
             told = f"failed {waiting[done]}: {raised(error)}" if error else f"passed {waiting[done]}"

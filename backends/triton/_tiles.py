@@ -32,12 +32,13 @@ def tiles(rows, features, columns, kind, dot, group, chip):
     block_m, block_n, block_k, band, warps, stages = shape
     count = blocks(rows, block_m) * blocks(features, block_n)
     described = chip.hopper and rows >= LARGE_ROWS and dot != torch.float32  # float32 waits for its multiply-adds
+    flat = not group and (block_n == 256 or count > chip.processors)
     if INTERPRETED:
-        described = rows > 32
+        described = flat = rows > 32
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BAND": band,
         "SPLIT": _split(count, wanted, columns, block_k),
-        "TMA": described, "FLAT": int(described and (INTERPRETED or (not group and count > chip.processors))),
+        "TMA": described, "FLAT": int(described and flat),
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
@@ -123,7 +124,7 @@ def _many(rows, features, dot, group, chip):
     large = 128, 256, 128 if eight_bits else 64, 16 if eight_bits else 8, 8, 4
     middle = 128, 128, *large[2:4], 4, 5 if eight_bits else 6
     small = 64, 128, *large[2:4], 4, 4
-    rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.75}  # as measured where all are busy
+    rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.5}  # as measured where all are busy
     return min(rates, key=lambda tile: _most(rows, features, *tile[:2], chip) / rates[tile])
 
 

@@ -137,8 +137,8 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
             return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": block_m // 16, "num_stages": 1}
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-        light = block_m == 16 and wide <= 128 and cached > 1
-        block_n = 128 if light and 2 * programs > chip.processors else 64
+        light = block_m == 16 and wide <= 128
+        block_n = 128 if light and cached > 1 and 2 * programs > chip.processors else 64
         if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
             block_n = 32
         stages = 3 if cached > 1 else 5 if chip.hopper else 4
