@@ -1,7 +1,5 @@
-"""Every stored code as the number it stands for.  test_triton_products.py runs this in the interpreter, and
-triton_gpu.py makes the checks of words and of attention on a GPU.
-
-The interpreter keeps bfloat16 as its bits, which is all that `decoded`, `nibbles` and `bytes_` move.
+"""Every stored code becomes the number it stands for: triton_products.py checks it in the interpreter, which keeps
+bfloat16 as its bits, all that `decoded`, `nibbles` and `bytes_` move; triton_gpu.py on a GPU, words and attention.
 """
 
 import torch
@@ -96,11 +94,3 @@ def attention_reads_codes(device, dtype, cache, step=1):
 def assert_same(got, want, what):
     same = (got == want) & (got.signbit() == want.signbit()) | (got.isnan() & want.isnan())
     assert same.all(), (what, (~same).nonzero()[:8, 0], got[~same][:8], want[~same][:8])
-
-
-if __name__ == "__main__":
-    codes_become_bfloat16()
-    words_become_float16("cpu")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for cache in CACHES:
-            attention_reads_codes("cpu", dtype, cache, step=51)
