@@ -246,11 +246,14 @@ def plant(fault, folder):
 
 def first_failure(fault):
     """What the kit said first, or None."""
+    from triton_cases import BYTES
+
     from llmkernels import testing
     from llmkernels.registry import get
 
     contract = get(fault.op).contract
-    wanted = [case for part in fault.cases for case in contract.cases if part in case.name and not case.raises]
+    cases = [*contract.cases, *(BYTES if fault.op == "paged_attention" else [])]
+    wanted = [case for part in fault.cases for case in cases if part in case.name and not case.raises]
     for case in wanted:
         result = testing.check(contract, fault.dtype, case, "triton")
         if result.verdict == "failed":

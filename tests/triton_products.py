@@ -12,8 +12,11 @@ from unittest import mock
 
 import torch
 import triton_codes
-from llmkernels.backends.triton import _linear, _tiles, norm_linear_activation, quantized_gemm
+from llmkernels.backends.triton import _linear, _tiles, norm_linear_activation, paged_attention, quantized_gemm
+from triton_cases import BYTES
 
+from llmkernels.bench.subject import Subject
+from llmkernels.inputs import inputs
 from llmkernels.quant import SCHEMES, QuantizedWeight, quantize
 from llmkernels.registry import get
 
@@ -118,6 +121,15 @@ def attention_reads_codes_as_the_numbers_they_stand_for():
             triton_codes.attention_reads_codes("cpu", dtype, cache, step=51)
 
 
+def attention_over_bytes_whose_channels_are_no_power_of_two():
+    contract = get("paged_attention").contract
+    for case in BYTES:
+        for dtype in ("float16", "bfloat16"):
+            subject = Subject(contract, case.name, dtype, inputs(contract, case, dtype, "cpu"))
+            wrong, _, _ = subject.judge(subject.answers(paged_attention.run, subject.copy()))
+            assert not wrong, f"{case.name} {dtype}: {wrong}"
+
+
 CHECKS = [
     any_number_of_programs_may_share_the_columns,
     rows_around_the_sizes_of_tiles,
@@ -130,6 +142,7 @@ CHECKS = [
     codes_become_bfloat16_without_a_rounding_instruction,
     words_of_two_codes_become_float16,
     attention_reads_codes_as_the_numbers_they_stand_for,
+    attention_over_bytes_whose_channels_are_no_power_of_two,
 ]
 
 

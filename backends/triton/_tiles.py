@@ -127,7 +127,7 @@ def _many(rows, features, dot, group, y, chip):
     large = 128, 256, 128 if eight_bits else 64, 16 if eight_bits else 8, 8, 3 if y.itemsize == 4 else 4
     middle = 128, 128, *large[2:4], 4, 5 if eight_bits else 6
     small = 64, 128, *large[2:4], 4, 4
-    rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.5}  # as measured where all are busy
+    rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.45}  # as measured where all are busy
     return min(rates, key=lambda tile: _most(rows, features, tile[0], tile[1], chip) / rates[tile])
 
 
