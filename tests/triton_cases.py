@@ -1,4 +1,4 @@
-"""Cases of paged_attention that only Triton's way of reading caches of one byte makes special; beside the contract's."""
+"""Cases of paged_attention beside the contract's: only words of two bytes make these widths special."""
 
 from llmkernels.contract import Case
 
