@@ -29,7 +29,7 @@ from llmkernels.crosscompile import tpu, tpu_calls
 PEERS = Path("build") / "tpu_inference"
 RESULTS = Path("bench") / "results" / "tpu-peers.json"
 TARGETS = ("v5e", "v6e", "v7x")
-PAGE, HEADS, KV_HEADS, DIM, HIDDEN = 128, 32, 8, 128, 4096
+PAGE, HEADS, KV_HEADS, DIM, HIDDEN, GROUP = 128, 32, 8, 128, 4096, 128
 STEPS = [(8, 2048), (64, 2048), (8, 16384), (64, 16384)]  # sequences, keys of each
 
 
@@ -244,6 +244,20 @@ def vllm_product(scheme, rows, blocks=None):
 
 def vllm_product_larger(scheme, rows):
     return vllm_product(scheme, rows, (max(rows, 16), 512, 2048))
+
+
+def vllm_groups(scheme, rows, blocks=(512, 2048)):
+    """Its kernel for a scale for 128 columns; it scales x for the same columns too, and adds up in bfloat16."""
+    from tpu_inference.kernels.quantized_matmul import blockwise_kernel, tuned_block_sizes
+
+    value = tuned_block_sizes.TunedValue(max(rows, 16), *blocks)
+    run = partial(blockwise_kernel.quantized_matmul_kernel, block_size=GROUP, tuned_value=value)
+    shapes = ((rows, HIDDEN), "bfloat16"), ((HIDDEN, HIDDEN), "int4"), ((HIDDEN // GROUP, 1, HIDDEN), "float32")
+    return (shaped(run, *shapes),)
+
+
+def vllm_groups_larger(scheme, rows):
+    return vllm_groups(scheme, rows, (1024, 4096))
 
 
 def xla_product(scheme, rows):
