@@ -6,7 +6,7 @@ ones.  A first kernel puts x into that order, once.  What a nibble n = 0 .. 15 b
     16 + n in bfloat16, as bits: the nibble shifted to the top of the mantissa of 16.  Of the four features in a 32-bit
         word, the first and third come together, then the second and fourth: features lie as even ones, odd ones of 128.
     n in `Chip.byte_to`, by the one instruction which has it from bytes: bfloat16 on v6e, e4m3 on v7x, whose matrix unit
-        multiplies bfloat16 by e4m3.  A high nibble stays where it is, 16 n, and x there is divided by 16: both are exact.
+        multiplies bfloat16 by e4m3.  A high nibble stays in its place, 16 n, and x there is divided by 16: both exact.
 
 The weight is n - 8, so the sums are less those of x by what stands for 8.  They go through the same matrix unit in the
 same order: of a feature whose weights are all 0 the two are equal.  The groups of 256 columns meet it at once: x is
@@ -28,7 +28,8 @@ from ._stored import lane_taken, word_of
 from ._tiles import divisor, power
 
 PAIR = 2 * LANES  # columns in 128 bytes
-KEPT = 16  # rows whose sums stay in registers through a block
+KEPT = 8  # rows whose sums stay in registers through a block
+TALLEST = 128  # rows of stacked x
 EIGHT, SIXTEEN = 8.0, 16.0
 
 
@@ -65,15 +66,15 @@ class Blocks:
 def takes(chip, kind, rows, zeros):
     """Whether this kernel has the call."""
     suits = kind.weight == "int4" and kind.dot == jnp.bfloat16 and not kind.apart and not zeros
-    return suits and rows <= FEW and chip.registers >= 64
+    return suits and rows <= FEW and _stack_of(kind) * rows <= TALLEST and chip.registers >= 64
 
 
 def choose(chip, *, rows, features, columns, kind):
     """Large blocks: each begins and ends with bundles that wait.  All columns, where they fit, and then features."""
     m = -(-rows // 8) * 8
-    stack = PAIR // kind.group if kind.group else 1
+    stack = _stack_of(kind)
     width = PAIR if m <= KEPT and chip.fp8 else LANES
-    pieces = max(1, (4 if m <= KEPT else 1) // kind.parts)
+    pieces = 1 if m > KEPT or (chip.fp8 and not kind.group) else 4 // kind.parts
     n = max(LANES, min(power(features), 1024 // kind.parts))
     width = min(width, n)
     k = min(power(max(columns, PAIR)), 4096)
@@ -85,6 +86,10 @@ def choose(chip, *, rows, features, columns, kind):
     while k > 8 * PAIR and vmem(k) > chip.vmem_limit * 2 // 3:
         k //= 2
     return Blocks(m, n, k, width, min(pieces, n // width), stack, chip.byte_to, vmem(k), chip.vmem_limit)
+
+
+def _stack_of(kind):
+    return PAIR // kind.group if kind.group else 1
 
 
 def product(x, values, scales, *, kind, blocks, row_scale=None, bias=None, out_dtype, interpret=False):
@@ -158,6 +163,7 @@ def _stack(kind, blocks, x, tall, less):
     left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
     group = even + PAIR // 2 * (lane >> 6) >> kind.group.bit_length() - 1 if kind.group else lane * 0
     zero = jnp.concatenate([jnp.full((LANES, LANES), z, x.dtype) for z in blocks.zeros], 1)
+
     def pair(i):
         columns = pl.multiple_of(i * PAIR, PAIR)
         halves = [x[:, pl.ds(columns + at, LANES)].astype(jnp.float32) for at in (0, LANES)]
@@ -174,7 +180,7 @@ def _stack(kind, blocks, x, tall, less):
             less[:, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)] = multiply(both, zero, transposed=True)
 
     pairs = x.shape[1] // PAIR
-    together = divisor(pairs, max(1, 2 * KEPT // (blocks.stack * blocks.m)) * 4, 1)
+    together = divisor(pairs, max(1, TALLEST // (blocks.stack * blocks.m)), 1)
     pl.loop(0, pairs // together)(lambda i: [pair(i * together + at) for at in range(together)] and None)
     if not kind.group:
         less[...] = multiply(tall[...], jnp.concatenate([zero] * pairs, 1), transposed=True)

@@ -73,7 +73,7 @@ def _spread(kind, numbers, at):
 def in_stored_order(x, interpret):
     """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones."""
     rows, columns = x.shape
-    height, width = divisor(rows, 256, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
+    height, width = divisor(rows, 512, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
     spec = pl.BlockSpec((height, width), lambda i, j: (i, j))
     return pl.pallas_call(
         _part_lanes, grid=(rows // height, columns // width), in_specs=[spec], out_specs=spec,
@@ -84,7 +84,7 @@ def in_stored_order(x, interpret):
 
 def _part_lanes(x, y):
     """Whole words move, whatever numbers they hold."""
-    height = divisor(x.shape[0], 2 * tile_rows(x.dtype), tile_rows(x.dtype))
+    height = divisor(x.shape[0], 4 * tile_rows(x.dtype), tile_rows(x.dtype))
 
     @pl.loop(0, x.shape[0] // height)
     def _(i):
