@@ -6,8 +6,10 @@
 #
 # The packages are for PYTHON_VERSION=3.12 and come without what they need beside torch: einops, ninja, nvidia-ml-py,
 # tabulate, tqdm, cuda-bindings.  The kernels are for ARCH=9.0a and are built by nvcc, minutes each, with a Python that has
-# torch and those packages, and nvcc in CUDA_HOME; norm wants cuBLAS's headers, in CUBLAS_INCLUDE where CUDA_HOME has none.
-# `none` builds none, and FlashInfer does it there, if nvcc is there.
+# torch and those packages, and nvcc in CUDA_HOME; prefill wants the headers of cuRAND and norm those of cuBLAS, in INCLUDE
+# where CUDA_HOME has none.
+# They go where FlashInfer looks for kernels that are built, and most of their sources go, 80 MB.  `none` builds none and keeps
+# them, so that FlashInfer builds there, if nvcc is there.
 set -euo pipefail
 folder=${1:?usage: bench/gpu_peers.sh DIR [MODULE ...]}
 shift
@@ -30,8 +32,9 @@ for wheel in (folder / "wheels").glob("*.whl"):
 PYTHON
 cc -shared -o "$folder/libcuda.so" -x c /dev/null  # to link against; the driver's own is loaded there
 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$folder FLASHINFER_CUDA_ARCH_LIST=${ARCH:-9.0a} FLASHINFER_EXTRA_LDFLAGS=-L$folder \
-    FLASHINFER_EXTRA_CUDAFLAGS=${CUBLAS_INCLUDE:+-isystem $CUBLAS_INCLUDE} MAX_JOBS=${JOBS:-2} "$python" - "$folder/site" "${@:-all}" <<'PYTHON'
-import sys, time
+    FLASHINFER_EXTRA_CUDAFLAGS=${INCLUDE:+-isystem $INCLUDE} MAX_JOBS=${JOBS:-2} "$python" - "$folder/site" "${@:-all}" <<'PYTHON'
+import re, shutil, sys, time
+from pathlib import Path
 sys.path.append(sys.argv[1])  # behind the packages of this Python, whose version may be another
 import torch
 from flashinfer.jit import activation, norm
@@ -47,5 +50,15 @@ wanted = known if sys.argv[2:] == ["all"] else [name for name in sys.argv[2:] if
 for name in wanted:
     since, module = time.time(), known[name]()
     module.build(verbose=False)
-    print(f"{name}: {module.get_library_path()}, {time.time() - since:.0f} s", flush=True)
+    place = Path(sys.argv[1], "flashinfer", "data", "aot", module.name)
+    place.mkdir(parents=True, exist_ok=True)
+    if module.get_library_path() != place / f"{module.name}.so":  # there from a run before
+        shutil.copy(module.get_library_path(), place)
+    print(f"{name}: {module.name}, {time.time() - since:.0f} s", flush=True)
+if wanted:  # FlashInfer reads its templates and copies kernels' own files all the same
+    for source in Path(sys.argv[1], "flashinfer", "data").rglob("*"):
+        kept = "aot" in source.parts or re.search(r"jinja|prefill|decode|norm|activation", source.name)
+        if source.is_file() and not kept:
+            source.unlink()
 PYTHON
+rm -r "$folder/wheels"

@@ -22,17 +22,23 @@ PATIENCE = 60  # seconds for a fault, of which none takes five; one that hangs c
 
 @dataclass(frozen=True)
 class Fault:
-    """`old` becomes `new` wherever it stands in the file; the named cases of the op in float32 should notice."""
+    """`old` becomes `new` wherever it stands in the file; the named cases of the op in `dtype` should notice."""
 
     file: str
     old: str
     new: str
     op: str
     cases: tuple[str, ...]
+    dtype: str = "float32"
 
 
 def attention(old, new, *cases):
     return Fault("_attention", old, new, "paged_attention", cases)
+
+
+def words(file, old, new, *cases):
+    """Caches of one byte are read as words of two where q has 16 bits."""
+    return Fault(file, old, new, "paged_attention", cases, "float16")
 
 
 def product(old, new, *cases):
@@ -76,6 +82,22 @@ FAULTS = {
     "the tree's mask of the token before": attention(
         "token.to(tl.int64)[:, None] * tree_row", "(token.to(tl.int64)[:, None] - 1) * tree_row", "tree"
     ),
+    "words: odd channels of q and even ones of keys": words(
+        "_attention", "tl.trans(k_a_odd)", "tl.trans(k_a)", "int8 cache"
+    ),
+    "words: of the channels beyond a power of two": words(
+        "_attention", "tl.trans(k_b_odd)", "tl.trans(k_b)", "int8 cache, dim 72"
+    ),
+    "words: even and odd channels of values change places": words(
+        "_attention", "tl.join(acc, acc_odd)", "tl.join(acc_odd, acc)", "e4m3 cache"
+    ),
+    "words: odd channels are not rescaled when the maximum rises": words(
+        "_attention", "acc_odd * shrink[:, None]", "acc_odd * 1.0", "rising maximum, e4m3"
+    ),
+    "words: scores of rows that were made smaller": words(
+        "_attention", "(larger * factor)", "(larger * 0.0 + factor)", "int8 cache"
+    ),
+    "words: the sign of int8": words("_bytes", "^ 0x6480", "^ 0x6400", "int8 cache"),
     # merge_attention, write_kv, rotary_embedding, sample, silu_and_mul
     "a merged part keeps its weight": Fault(
         "merge_attention", "(weight_b / total)[:, None]", "weight_b[:, None]", "merge_attention", ("",)
@@ -159,6 +181,12 @@ FAULTS = {
     ),
     "the second band of tiles is the first": product("band = index // (BAND * tiles_n)", "band = index * 0", LARGER),
     "tiles of features in the order of rows": product("within // height", "within % height", LARGE),
+    "every second tile of a program is left out": product(
+        "tl.cdiv(features, BLOCK_N), tl.num_programs(0)", "tl.cdiv(features, BLOCK_N), 2 * tl.num_programs(0)", LARGER
+    ),
+    "the halves of a described tile are exchanged": product(
+        "2 * tile * HALF], left", "2 * tile * HALF], right", LARGER
+    ),
     "the last share is not added": product("tl.static_range(SPLIT)", "tl.static_range(SPLIT - 1)", LARGE),
     "nibbles in the wrong order": product("_dot(odd, high, _dot(even, low", "_dot(even, high, _dot(odd, low", LARGE),
     "the symmetric zero point is 7": Fault(
@@ -227,7 +255,7 @@ def first_failure(fault):
     contract = get(fault.op).contract
     wanted = [case for part in fault.cases for case in contract.cases if part in case.name and not case.raises]
     for case in wanted:
-        result = testing.check(contract, "float32", case, "triton")
+        result = testing.check(contract, fault.dtype, case, "triton")
         if result.verdict == "failed":
             return f"{case.name}: {result.reasons[0].splitlines()[0]}"
     return None

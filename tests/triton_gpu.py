@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton backend: CUDA graphs, and torch.compile without a break.
+"""What only a GPU can show of the Triton backend: CUDA graphs, torch.compile without a break, code for NVIDIA.
 
 `python tests/triton_gpu.py [PART] [--jobs N]` makes every check, or those whose name contains PART, each in a process
 of its own, and needs no pytest; tests/test_triton_gpu.py makes them too.
@@ -7,7 +7,7 @@ of its own, and needs no pytest; tests/test_triton_gpu.py makes them too.
 import argparse
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 
 import llmkernels
 from llmkernels import use
-from llmkernels.bench.subject import bound
+from llmkernels.bench.subject import Subject, bound
+from llmkernels.contract import Case
 from llmkernels.discovery import implementation
 from llmkernels.inputs import inputs
 from llmkernels.memory import bits
@@ -137,11 +138,64 @@ def compiled_into_one_graph(dtype):
             assert same([part.clone() for part in run(x, weight, gain)], list(layer(x, weight, gain)))
 
 
+def words_of_two_codes():
+    """What unpacks them on NVIDIA, and in Triton's own words what does elsewhere."""
+    from triton_codes import words_become_float16
+
+    nvidia = not torch.version.hip
+    converts = nvidia and torch.cuda.get_device_capability() >= (8, 9)
+    words_become_float16("cuda", nvidia, converts)
+    words_become_float16("cuda")
+
+
+def every_code(dtype):
+    """In the keys and in the values of attention."""
+    from triton_codes import CACHES, attention_reads_codes
+
+    for cache in CACHES:
+        attention_reads_codes("cuda", getattr(torch, dtype), cache)
+
+
+MANY = (  # rows, features, more: beyond the contract's cases, where tensor descriptors and long-lived programs begin
+    (256, 520, {}),
+    (300, 24 * 1024 + 8, {"activation": "silu", "bias": True}),
+    (1000, 4104, {"residual": True}),
+    (2049, 4096, {}),
+    (512, 16384, {"activation": "swiglu", "bias": True}),
+    (1027, 8208, {"activation": "geglu"}),
+    (300, 1002, {}),  # rows of y that no descriptor takes
+    *((777, 2056, {"scheme": scheme}) for scheme in ("w4a16_g128", "w4a8_g128", "w8a8", "w8a16", "fp8_row", "mxfp4")),
+    (513, 6144, {"scheme": "fp8_block"}),
+    (2100, 3080, {"scheme": "fp8_block"}),
+    (3000, 3080, {"scheme": "w8a8"}),
+    (3000, 3080, {"scheme": "fp8_row", "activation": "swiglu"}),
+)
+
+
+def products_of_many_rows(dtype):
+    """Against the float64 oracle; features and rows that no tile divides."""
+    contract, run = OPS["norm_linear_activation"].contract, implementation("triton", "norm_linear_activation").run
+    for rows, features, more in MANY:
+        case = Case("many rows", {"rows": rows, "features": features, "in_": 640, "norm_weight": True} | more)
+        subject = Subject(contract, case.name, dtype, inputs(contract, case, dtype, "cuda"), "cuda")
+        wrong, _, _ = subject.judge(subject.answers(run, subject.copy()))
+        assert not wrong, f"{rows} x {features} {more}: {wrong}"
+
+
 CHECKS = {
     **{f"graph of {op} {dtype}": partial(graph_of, op, dtype) for op in sorted(OPS) for dtype in DTYPES},
     **{f"graph of a smaller batch {dtype}": partial(graph_of_a_smaller_batch, dtype) for dtype in DTYPES},
+    "words of two codes": words_of_two_codes,
+    **{f"every code {dtype}": partial(every_code, dtype) for dtype in DTYPES},
+    **{f"products of many rows {dtype}": partial(products_of_many_rows, dtype) for dtype in DTYPES},
     **{f"torch.compile {dtype}": partial(compiled_into_one_graph, dtype) for dtype in DTYPES},
 }
+
+
+def alone(name):
+    """Make a check in a process of its own: a fault in a kernel ends the CUDA context, or the process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(CHECKS[name]).result()
 
 
 def raised(error):
@@ -157,9 +211,8 @@ def main():
         sys.exit("torch sees no GPU here")
     names = [name for name in CHECKS if options.part in name]
     failed = 0
-    # A fault in a kernel ends the CUDA context of its process, so each check has one of its own.
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for done in as_completed(waiting := {pool.submit(CHECKS[name]): name for name in names}):
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed(waiting := {pool.submit(alone, name): name for name in names}):
             error = done.exception()  # every check is made, and each failure told
             failed += error is not None
             told = f"failed {waiting[done]}: {raised(error)}" if error else f"passed {waiting[done]}"

@@ -18,11 +18,14 @@ shares as in FlashAttention-2 and Flash-Decoding, Dao 2023, https://arxiv.org/ab
 import triton
 import triton.language as tl
 
-from ._bytes import decoded
+from ._bytes import decoded, halves
 from ._ptx import after_previous
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+RAISE = tl.constexpr(
+    15
+)  # weights, 1 at most, are stored as float16 2^15 times as large: then none is lost as too small
 
 
 @triton.jit
@@ -33,7 +36,8 @@ def attend(
     q_token, q_head, k_page, k_slot, k_head, k_channel, v_page, v_slot, v_head, v_channel, table_row, tree_row,
     k_scale_head, v_scale_head,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
-    V_DIM: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, V_IN_K: tl.constexpr,
+    V_DIM: tl.constexpr, V_PAD: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr,
+    PTX: tl.constexpr, V_IN_K: tl.constexpr,
     SAME: tl.constexpr, WIDE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PLAIN_SCORES: tl.constexpr,
     SHARES: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -45,6 +49,10 @@ def attend(
     every row sees them, else EDGE, which divides BLOCK_N.  A score
     times `unit` is an exponent of 2: unit is log2 e, and where nothing stands between score and softmax, scale too.
     WIDE says that a cache reaches 2^31 elements or more, SAME that k_cache and v_cache have the same strides.
+
+    WORDS: caches of one byte come as int16, each word two neighbouring channels, and their strides in words; q has 16
+    bits.  Even and odd channels are two products each, in float16, which holds every stored byte and, with a power of
+    two for each row, every number of q that is not 2^32 times smaller than the row's largest.
     """
     after_previous(CHAINED)
     TOKENS: tl.constexpr = BLOCK_M // HEADS
@@ -68,6 +76,9 @@ def attend(
     token = begin_token + index
     position = length - new + index
     channel_a, channel_b, channel_v = tl.arange(0, DIM_A), DIM_A + tl.arange(0, DIM_B), tl.arange(0, V_PAD)
+    EACH: tl.constexpr = 2 if WORDS else 1  # channels that are read at once
+    word_a, word_b = tl.arange(0, DIM_A // EACH), DIM_A // EACH + tl.arange(0, DIM_B // EACH)
+    word_v = tl.arange(0, V_PAD // EACH)
     q_row = q + token.to(tl.int64) * q_token + head * q_head
     q_a = tl.load(q_row[:, None] + channel_a, mask=real[:, None] & (channel_a < DIM), other=0.0)
     if DIM > DIM_A:
@@ -91,11 +102,26 @@ def attend(
     factor = scale
     if k_scale is not None:
         factor = scale * tl.load(k_scale + kv_head * k_scale_head)
+    power = unit
+    if WORDS:
+        largest = tl.max(tl.abs(q_a.to(tl.float32)), 1)
+        if DIM > DIM_A:
+            largest = tl.maximum(largest, tl.max(tl.abs(q_b.to(tl.float32)), 1))
+        smaller, larger = _towards(largest, 15)
+        q_a, q_a_odd = _split((q_a.to(tl.float32) * smaller[:, None]).to(tl.float16))
+        if DIM > DIM_A:
+            q_b, q_b_odd = _split((q_b.to(tl.float32) * smaller[:, None]).to(tl.float16))
+        if PLAIN_SCORES:
+            power = larger * unit
+        else:
+            power = tl.full([BLOCK_M], unit, tl.float32)
+            factor = (larger * factor)[:, None]
     if slopes is not None:
         slope = tl.load(slopes + head, mask=real, other=0.0)
     table = block_table + seq.to(tl.int64) * table_row
     k_start, v_start = k_cache + kv_head.to(tl.int64) * k_head, v_cache + kv_head.to(tl.int64) * v_head
-    acc = tl.zeros([BLOCK_M, V_PAD], tl.float32)
+    acc = tl.zeros([BLOCK_M, V_PAD // EACH], tl.float32)
+    acc_odd = acc
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # the largest score so far
     total = tl.zeros([BLOCK_M], tl.float32)
     for PHASE in tl.static_range(0 if LEFT else 1, 3):
@@ -115,13 +141,23 @@ def attend(
                 page = page.to(tl.int64)
             row_offset = page * k_page + slot * k_slot
             k_row = k_start + row_offset
-            k_a = _rows(k_row, live, channel_a, k_channel, PHASE != 1, DIM, DIM < DIM_A)
-            k_a = decoded(k_a, q.dtype.element_ty, KIND)
-            scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
+            k_a = _rows(k_row, live, word_a, k_channel, PHASE != 1, DIM // EACH, DIM < DIM_A)
+            if WORDS:
+                k_a, k_a_odd = halves(k_a, KIND, PTX)
+                scores = tl.dot(q_a, tl.trans(k_a))
+                scores = tl.dot(q_a_odd, tl.trans(k_a_odd), scores)
+            else:
+                k_a = decoded(k_a, q.dtype.element_ty, KIND)
+                scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
             if DIM > DIM_A:
-                k_b = _rows(k_row, live, channel_b, k_channel, PHASE != 1, DIM, DIM < DIM_A + DIM_B)
-                k_b = decoded(k_b, q.dtype.element_ty, KIND)
-                scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
+                k_b = _rows(k_row, live, word_b, k_channel, PHASE != 1, DIM // EACH, DIM < DIM_A + DIM_B)
+                if WORDS:
+                    k_b, k_b_odd = halves(k_b, KIND, PTX)
+                    scores = tl.dot(q_b, tl.trans(k_b), scores)
+                    scores = tl.dot(q_b_odd, tl.trans(k_b_odd), scores)
+                else:
+                    k_b = decoded(k_b, q.dtype.element_ty, KIND)
+                    scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
             if not PLAIN_SCORES:
                 scores = scores * factor
                 if soft_cap is not None:
@@ -145,23 +181,31 @@ def attend(
                 scores = tl.where(seen, scores, -float("inf"))
             above = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(above == -float("inf"), 0.0, above) if PHASE != 1 else above
-            if q.dtype.element_ty == tl.float32:
+            if WORDS:
+                weights = tl.exp2(scores * power[:, None] - (base * power - RAISE)[:, None])
+            elif q.dtype.element_ty == tl.float32:
                 weights = tl.exp2((scores - base[:, None]) * unit)
             else:  # one instruction less
                 weights = tl.exp2(scores * unit - (base * unit)[:, None])
-            shrink = tl.exp2((top - base) * unit)
+            shrink = tl.exp2((top - base) * power)
             total = total * shrink + tl.sum(weights, 1)
             acc = acc * shrink[:, None]
-            if V_IN_K:
-                values = k_a
-            else:
+            if not V_IN_K:
                 v_row = v_start + (row_offset if SAME else page * v_page + slot * v_slot)
-                values = _rows(v_row, live, channel_v, v_channel, PHASE != 1, V_DIM, V_DIM < V_PAD)
-                values = decoded(values, q.dtype.element_ty, KIND)
-            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+                values = _rows(v_row, live, word_v, v_channel, PHASE != 1, V_DIM // EACH, V_DIM < V_PAD)
+            if WORDS:
+                v_even, v_odd = (k_a, k_a_odd) if V_IN_K else halves(values, KIND, PTX)
+                acc = tl.dot(weights.to(tl.float16), v_even, acc)
+                acc_odd = tl.dot(weights.to(tl.float16), v_odd, acc_odd * shrink[:, None])
+            else:
+                values = k_a if V_IN_K else decoded(values, q.dtype.element_ty, KIND)
+                acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
             top = above
 
-    top = top * unit
+    top = top * power
+    if WORDS:
+        acc = tl.reshape(tl.join(acc, acc_odd), (BLOCK_M, V_PAD)) * 2.0**-RAISE
+        total = total * 2.0**-RAISE
     if v_scale is not None:
         acc = acc * tl.load(v_scale + kv_head * v_scale_head)
     at = token.to(tl.int64) * (kv_heads * GROUP) + head
@@ -193,6 +237,20 @@ def _owner(tile, starts, seqs, TOKENS: tl.constexpr):
         begins = tl.load(starts + seq, mask=seq < seqs, other=0) // TOKENS + seq
         count += tl.sum(((begins <= tile) & (seq < seqs)).to(tl.int32), 0)
     return count - 1
+
+
+@triton.jit
+def _towards(largest, EXPONENT: tl.constexpr):
+    """Powers of two for float32 numbers >= 0: what brings each below 2^EXPONENT, not below half of it, and back."""
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    found = tl.minimum(253 + EXPONENT - exponent, 253)  # both are normal numbers
+    return (found << 23).to(tl.float32, bitcast=True), ((254 - found) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(x):
+    """The even and the odd columns."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit

@@ -8,10 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ._ptx import E4M3_BITS_HALVES, E4M3_HALVES, E5M2_HALVES, INT8_HALVES
+
 PLAIN, INT8, E4M3, E5M2, INT8_BITS, E4M3_BITS, E5M2_BITS = map(tl.constexpr, range(7))
 """How the elements of an array are stored; FP8 with _BITS is passed as uint8."""
 
 _KINDS = {torch.int8: (INT8_BITS, INT8), torch.float8_e4m3fn: (E4M3_BITS, E4M3), torch.float8_e5m2: (E5M2_BITS, E5M2)}
+
+
+def words_of(x, chip):
+    """(16-bit words of two neighbours each, their kind), as `halves` takes them; None where x is no whole words."""
+    whole = x.dtype in _KINDS and x.stride(-1) == 1 and x.shape[-1] % 2 == 0 and x.data_ptr() % 2 == 0
+    if not whole or any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1])):
+        return None
+    converts = x.dtype == torch.int8 or (x.dtype == torch.float8_e4m3fn and chip.fp8 and not chip.rdna)
+    return x.view(torch.int16), _KINDS[x.dtype][converts].value
 
 
 def stored(x, chip):
@@ -35,6 +46,40 @@ def decoded(x, dtype: tl.constexpr, KIND: tl.constexpr):
     else:
         value = x
     return exactly(value.to(tl.float32), dtype) if KIND >= INT8_BITS else value.to(dtype)
+
+
+@triton.jit
+def halves(words, KIND: tl.constexpr, PTX: tl.constexpr):
+    """The low and the high bytes of 16-bit words as float16, which holds them exactly."""
+    if PTX:
+        CODE: tl.constexpr = (
+            INT8_HALVES if KIND == INT8
+            else E4M3_HALVES if KIND == E4M3
+            else E4M3_BITS_HALVES if KIND == E4M3_BITS
+            else E5M2_HALVES
+        )  # fmt: skip
+        low, high = tl.inline_asm_elementwise(
+            CODE, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        low, high = _upper(words << 8, KIND), _upper(words, KIND)
+    return low, high
+
+
+@triton.jit
+def _upper(words, KIND: tl.constexpr):
+    """The upper bytes of int16 words as float16.  Where AMD has no conversion, LLVM does this for two words at once."""
+    if KIND == INT8:  # 1024 + 128 + the number
+        found = (((words >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+    elif KIND == E4M3:
+        found = (words >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    elif KIND == E4M3_BITS:
+        bits = (words >> 1) & -0x4080  # sign, 0, exponent and fraction; 2^8 times too small
+        bits |= (bits + 0x80) & 0x4000  # the fifth bit of the exponent of NaN, whose others are all 1
+        found = bits.to(tl.float16, bitcast=True) * 256.0
+    else:
+        found = (words & -0x100).to(tl.float16, bitcast=True)
+    return found
 
 
 @triton.jit

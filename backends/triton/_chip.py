@@ -37,7 +37,7 @@ class Chip(NamedTuple):
         return self.arch.startswith("sm_") and int(self.arch[3:]) >= 89
 
 
-INTERPRETER = Chip("interpreter", 8, 1 << 30)
+INTERPRETER = Chip("interpreter", 4, 1 << 30)
 
 
 def chip_of(x):

@@ -19,25 +19,30 @@ def activated(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def store(
-    z, y, bias, row, tile, rows, features,
+def finished(
+    z, bias, feature, features,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y[row, ...] = act(z + bias) for a tile z [BLOCK_M, BLOCK_N] of float32; y is contiguous.
+    """act(z + bias) for a tile z [BLOCK_M, BLOCK_N] of float32, of the `feature`s that features_of told.
 
-    Where GATED, the first half of the tile's columns are gates and the second what they gate: `features_of`.
+    Where GATED, the first half of the tile's columns are gates and the second what they gate, and what comes is half.
     """
-    feature = features_of(tile, features, GATED, BLOCK_N)
     if bias is not None:
         z += tl.load(bias + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
-    width, column = features, feature
     if GATED:
         gate, value = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         z = activated(gate, ACTIVATION) * value
-        width = features // 2
-        column = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)  # half of `feature`, but seen to be contiguous
     else:
         z = activated(z, ACTIVATION)
+    return z
+
+
+@triton.jit
+def store(z, y, row, tile, rows, features, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What is `finished` to y [rows, features, or half of them where GATED], contiguous."""
+    WIDE: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    width = features // 2 if GATED else features
+    column = tile * WIDE + tl.arange(0, WIDE)  # half of `feature`, but seen to be contiguous
     at = y + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(at, z.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
 

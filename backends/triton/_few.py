@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._codes import bytes_, nibbles, scales_of
-from ._epilogue import features_of, store
+from ._epilogue import features_of, finished, store
 from ._product import loaded
 from ._ptx import after_previous, fours, pairs
 
@@ -132,7 +132,8 @@ def multiply_few(
         at = parts + ((share * rows + row).to(tl.int64) * features)[:, None] + feature[None, :]
         tl.store(at, z, mask=there & (feature < features)[None, :])
     else:
-        store(z, y, bias, row, tl.program_id(0), rows, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+        z = finished(z, bias, feature, features, ACTIVATION, GATED, BLOCK_M, BLOCK_N)
+        store(z, y, row, tl.program_id(0), rows, features, GATED, BLOCK_N)
 
 
 @triton.jit

@@ -142,20 +142,24 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     )  # fmt: skip
     if group and not _foldable(form, x.dtype, columns):
         choice = choice | {"BLOCK_K": min(choice["BLOCK_K"], group)}
-    left, right = x, values
-    if choice["TMA"] and _describable(x, values):
+    left, right, out = x, values, y
+    if choice["TMA"] and _describable(x, values, y):
         block = [choice["BLOCK_N"], choice["BLOCK_K"] // (2 if kind in ("int4", "mxfp4") else 1)]
         if gated:
             values, block = values.view(2, features // 2, -1), [2, block[0] // 2, block[1]]
         left = TensorDescriptor.from_tensor(x, [choice["BLOCK_M"], choice["BLOCK_K"]])
         right = TensorDescriptor.from_tensor(values, block)
-    choice = choice | {"TMA": left is not x}
+        out = TensorDescriptor.from_tensor(y, [choice["BLOCK_M"], choice["BLOCK_N"] // 2])
+    else:
+        choice = choice | {"TMA": False, "FLAT": 0}
     split = choice["SPLIT"]
     parts = torch.empty((split, rows, features), dtype=torch.float32, device=device) if split > 1 else None
-    grid = (blocks(rows, choice["BLOCK_M"]) * blocks(features, choice["BLOCK_N"]), split)
+    programs = blocks(rows, choice["BLOCK_M"]) * blocks(features, choice["BLOCK_N"])
+    if choice["FLAT"]:
+        programs = min(programs, max(1, chip_of(x).processors * choice["FLAT"] // split))
     launch(
-        multiply, grid, x,
-        left, x_scales, right, form.scales, form.zeros, bias, y, parts,
+        multiply, (programs, split), x,
+        left, x_scales, right, form.scales, form.zeros, bias, out, parts,
         rows, features, columns, x.stride(0), values.stride(-2),
         EVEN=columns % choice["BLOCK_K"] == 0, **common, **choice,
     )  # fmt: skip

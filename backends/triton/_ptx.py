@@ -145,6 +145,50 @@ def pairs(codes, zeros, ZEROS: tl.constexpr, KIND: tl.constexpr, DOT: tl.constex
     return both
 
 
+# Two words of two bytes each: the low bytes as a pair of float16, then the high bytes.  What _bytes.halves says.
+INT8_HALVES = tl.constexpr("""{
+    .reg .b32 high, offset;
+    mov.b32 offset, 0xE480E480;
+    shr.u32 high, $2, 8;
+    lop3.b32 $0, $2, 0x00FF00FF, 0x64806480, 0x6A;
+    lop3.b32 high, high, 0x00FF00FF, 0x64806480, 0x6A;
+    add.rn.f16x2 $0, $0, offset;
+    add.rn.f16x2 $1, high, offset;
+}""")
+
+E4M3_HALVES = tl.constexpr("""{
+    .reg .b32 sorted;
+    .reg .b16 low, high;
+    prmt.b32 sorted, $2, 0, 0x3120;
+    mov.b32 {low, high}, sorted;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+
+E5M2_HALVES = tl.constexpr("""{
+    prmt.b32 $0, $2, 0, 0x2404;
+    and.b32 $1, $2, 0xFF00FF00;
+}""")
+
+
+def _e4m3_halves():
+    """Where no instruction converts: the byte below copies of its sign, moved up by 7, times 256; NaN adds NaN."""
+    lines = [".reg .b32 bits, size, broken, nan, factor; mov.b32 nan, 0x3F803F80; mov.b32 factor, 0x5C005C00;"]
+    for index, spread in ((0, "0xA280"), (1, "0xB391")):
+        lines += [
+            f"prmt.b32 bits, $2, 0, {spread};",
+            "shl.b32 bits, bits, 7;",
+            "and.b32 bits, bits, 0xBF80BF80;",
+            "abs.f16x2 size, bits;",
+            "set.eq.u32.f16x2 broken, size, nan;",
+            f"fma.rn.f16x2 ${index}, bits, factor, broken;",
+        ]
+    return "{" + "\n".join(lines) + "}"
+
+
+E4M3_BITS_HALVES = tl.constexpr(_e4m3_halves())
+
+
 @triton.jit
 def after_previous(CHAINED: tl.constexpr):
     """The first line of every kernel: wait until what the kernel before wrote can be read.

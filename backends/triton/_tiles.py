@@ -31,10 +31,14 @@ def tiles(rows, features, columns, kind, dot, group, chip):
         shape, wanted = _many(rows, features, dot, group, chip), chip.processors
     block_m, block_n, block_k, band, warps, stages = shape
     count = blocks(rows, block_m) * blocks(features, block_n)
+    described = chip.hopper and rows >= LARGE_ROWS and dot != torch.float32  # float32 waits for its multiply-adds
+    flat = not group and (block_n == 256 or count > chip.processors)
+    if INTERPRETED:
+        described = flat = rows > 32
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BAND": band,
         "SPLIT": _split(count, wanted, columns, block_k),
-        "TMA": chip.hopper and rows >= LARGE_ROWS and dot != torch.float32,  # float32 waits for its multiply-adds
+        "TMA": described, "FLAT": int(described and flat),
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
@@ -112,14 +116,18 @@ def _many(rows, features, dot, group, chip):
     if chip.shared < LARGE_SHARED:
         return 64 if chip.rdna and group else 128, 128, 128 if eight_bits else 64, 8, 8, 2
     if group and dot == torch.int8:  # a scale for each feature, and the next: registers
-        return 64, 128, 128, 8, 8, 4
-    if blocks(rows, 128) * blocks(features, 256) < chip.processors:
-        if group:  # a second set of sums takes registers
-            return 128, 128, 128 if eight_bits else 64, 8, 8, 4
-        if eight_bits:
-            return 128, 128, 128, 8, 4, 4
-        if blocks(rows, 128) * blocks(features, 128) <= chip.processors:  # else one round of larger tiles is sooner
-            return 128, 128, 64, 2, 8, 6
-    if group:  # scales within the loop take registers
-        return 128, 128, 128, 8, 8, 5 if eight_bits else 3
-    return (128, 256, 128, 16, 8, 4) if eight_bits else (256, 128, 64, 8, 8, 4)
+        return 64, 256, 128, 8, 8, 3
+    if group and eight_bits and rows < LARGE_ROWS << 2:
+        return 64, 128, 128, 8, 4, 4
+    if group:  # scales within the loop, and a second set of sums, take registers
+        return 128, 128, 128, 8, 8, 4 if eight_bits else 3
+    large = 128, 256, 128 if eight_bits else 64, 16 if eight_bits else 8, 8, 4
+    middle = 128, 128, *large[2:4], 4, 5 if eight_bits else 6
+    small = 64, 128, *large[2:4], 4, 4
+    rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.5}  # as measured where all are busy
+    return min(rates, key=lambda tile: _most(rows, features, *tile[:2], chip) / rates[tile])
+
+
+def _most(rows, features, block_m, block_n, chip):
+    """Products of a row and a feature that the processor with most tiles has."""
+    return blocks(blocks(rows, block_m) * blocks(features, block_n), chip.processors) * block_m * block_n

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ._attention import attend, combine
-from ._bytes import stored
+from ._bytes import stored, words_of
 from ._chip import chip_of
 from ._launch import INTERPRETED, blocks, computed, launch, power, readable, refuse_device, rounded
 from ._tuned import choose
@@ -42,10 +42,6 @@ def run(
 
     queries = min(tokens, max_seqlen_q or tokens)  # the most of a sequence
     keys = min(block_table.shape[1] * page_size, FAR if max_seqlen_k is None else max_seqlen_k)
-    dim_a, dim_b = _split(dim)
-    inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride() and v_dim == dim_a
-    if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
-        dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     rows = group * min(queries, blocks(tokens, seqs))
     heuristic = _tiles(
         chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim, programs=seqs * kv_heads,
@@ -57,6 +53,14 @@ def run(
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
     )  # fmt: skip
     tiles = tiles | {"EDGE": min(tiles["EDGE"], tiles["BLOCK_N"])}
+    in_words = [None]
+    if q.element_size() == 2 and not (chip.arch.startswith("sm_10") and tiles["BLOCK_M"] >= 64):
+        in_words = [words_of(cache, chip) for cache in (k_cache, v_cache)]
+    words = None not in in_words  # tcgen05 of Blackwell: two sums in its own memory take more than words save
+    dim_a, dim_b = _split(dim, 32 if words else 16)
+    inside = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride() and v_dim == dim_a
+    if computed(q.dtype) == torch.float32 and dim == dim_a >= 32 and not inside:
+        dim_a, dim_b = dim // 2, dim // 2  # two sums of half the length lose less
     in_tile = min(group, tiles["BLOCK_M"])
     per_tile = tiles["BLOCK_M"] // in_tile  # tokens
     one_tile = queries <= per_tile
@@ -68,7 +72,7 @@ def run(
         share_lse = torch.empty((tokens, heads, shares), dtype=torch.float32, device=q.device)
 
     q_in = readable(q if q.stride(2) == 1 else q.contiguous())
-    (k_in, kind), (v_in, _) = (stored(readable(cache), chip) for cache in (k_cache, v_cache))
+    (k_in, kind), (v_in, _) = in_words if words else (stored(readable(cache), chip) for cache in (k_cache, v_cache))
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     tree = None if tree_mask is None else tree_mask.contiguous().view(torch.int32)
     k_scale, v_scale, slopes, sinks = (
@@ -85,8 +89,9 @@ def run(
         scale, unit, soft_cap or None, min(left, FAR), min(right, FAR), seqs, kv_heads, *q_in.stride()[:2],
         *k_in.stride(), *v_in.stride(), table.stride(0), 0 if tree is None else tree.shape[1],
         _step(k_scale), _step(v_scale),
-        GROUP=group, HEADS=in_tile, DIM=dim, DIM_A=dim_a, DIM_B=dim_b, V_DIM=v_dim, V_PAD=power(v_dim, 16),
-        PAGE=page_size, KIND=kind, V_IN_K=inside, SAME=k_in.stride() == v_in.stride(),
+        GROUP=group, HEADS=in_tile, DIM=dim, DIM_A=dim_a, DIM_B=dim_b, V_DIM=v_dim, 
+        V_PAD=power(v_dim, 32 if words else 16), PAGE=page_size, KIND=kind, WORDS=words,
+        PTX=words and not chip.amd and not INTERPRETED, V_IN_K=inside, SAME=k_in.stride() == v_in.stride(),
         WIDE=max(_reach(k_in), _reach(v_in)) >= 2**31,
         LEFT=left >= 0 and tree is None, RIGHT=right >= 0 and tree is None, PLAIN_SCORES=plain, SHARES=shares > 1,
         ONE_TILE=one_tile, **tiles,
@@ -112,7 +117,7 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "EDGE": edge, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
         block = 32 if wide <= 128 and not chip.rdna else 16
-        warps = 4 if chip.amd and wide > 256 else 8  # a lane of 8 has 256 registers there
+        warps = 8 if wide <= 256 else 4 if chip.amd else 16  # a lane has 256 registers there with 8, 128 here with 16
         return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
     # AMD: Triton gives each wave whole rows of the first product, so those beyond one for 16 rows would multiply, and
     # unpack, the same keys again.  They are as many as registers ask for.
@@ -132,8 +137,8 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
             return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": block_m // 16, "num_stages": 1}
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-        light = block_m == 16 and wide <= 128 and cached > 1
-        block_n = 128 if light and 2 * programs > chip.processors else 64
+        light = block_m == 16 and wide <= 128
+        block_n = 128 if light and cached > 1 and 2 * programs > chip.processors else 64
         if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
             block_n = 32
         stages = 3 if cached > 1 else 5 if chip.hopper else 4
@@ -162,10 +167,10 @@ def _shares(chip, tiles, programs, keys, bytes_each):
     return power(wanted + 1) // 2 or 1
 
 
-def _split(dim):
+def _split(dim, least):
     """dim as a power of two and the power of two that covers the rest: 576 = 512 + 64, 72 = 64 + 16 - 8."""
-    most = max(16, power(dim + 1) // 2)
-    return most, power(dim - most, 16)
+    most = max(least, power(dim + 1) // 2)
+    return most, power(dim - most, least)
 
 
 def _reach(cache):
