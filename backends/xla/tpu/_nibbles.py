@@ -181,7 +181,12 @@ def _stack(kind, blocks, x, tall, less):
 
     pairs = x.shape[1] // PAIR
     together = divisor(pairs, max(1, TALLEST // (blocks.stack * blocks.m)), 1)
-    pl.loop(0, pairs // together)(lambda i: [pair(i * together + at) for at in range(together)] and None)
+
+    @pl.loop(0, pairs // together)
+    def _(i):
+        for at in range(together):
+            pair(i * together + at)
+
     if not kind.group:
         less[...] = multiply(tall[...], jnp.concatenate([zero] * pairs, 1), transposed=True)
 
