@@ -316,7 +316,7 @@ def test_schemas_that_nest_without_end_are_refused():
 def test_structure_beside_what_contradicts_it():
     with pytest.raises(ValueError, match="ignore_eos is given with a structure"):
         SamplingParams(structure=PERSONS, ignore_eos=True)
-    with pytest.raises(ValueError, match="give a Structure"):
+    with pytest.raises(ValueError, match="give one, as Structure"):
         SamplingParams(structure={"type": "object"})
     with llmkernels.use(policy="silent"), pytest.raises(ValueError, match="tokenizer=False"):
         LLM(tokenizer=False).generate([5], SamplingParams(structure=PERSONS))

@@ -67,16 +67,26 @@ class Pages(RuleBasedStateMachine):
                 self.aborted.add(sequence)
             self.scheduler.end(sequence)
 
+    @rule(which=st.randoms(use_true_random=False))
+    def branch(self, which):
+        """As beams do: one more that goes on behind some of a text's tokens."""
+        if self.scheduler.running and len(self.scheduler.running) < 2 * self.scheduler.max_sequences:
+            sequence = which.choice(self.scheduler.running)
+            length = which.randint(1, len(sequence.tokens))
+            if length < sequence.limit - 1 and not sequence.forks:
+                child = self.scheduler.fork(sequence, length, which.randint(0, 2))
+                child.prompt_length = length + 1
+                self.everyone.append(child)
+
     @rule()
     def step(self):
         chunks = self.scheduler.schedule()
         assert chunks or not (self.scheduler.waiting or self.scheduler.running), "everybody waits for nobody"
         assert sum(chunk.count + chunk.room for chunk in chunks) <= self.scheduler.max_batch_tokens
         for keys in self.keys:
-            before = [[*page] for page in keys]
             for chunk in chunks:
                 if chunk.copy:
-                    keys[chunk.copy[1]] = [*before[chunk.copy[0]]]
+                    keys[chunk.copy[1]] = [*keys[chunk.copy[0]]]
         writers, self.drafted = {}, {}
         for chunk in chunks:
             for _ in range(self.random.randint(0, chunk.room)):
@@ -158,8 +168,8 @@ class Pages(RuleBasedStateMachine):
                 known = [*above.tokens, *known]
                 above = above.parent
             for keys in self.keys:  # what anybody may find is there, and true
-                first = len(known) - self.size
-                assert keys[node.page] == [(node.scope, *known[: i + 1]) for i in range(first, len(known))]
+                first, there = len(known) - len(node.tokens), keys[node.page][: len(node.tokens)]
+                assert there == [(node.scope, *known[: i + 1]) for i in range(first, len(known))]
 
     @invariant()
     def nobody_is_lost(self):

@@ -26,10 +26,9 @@ class Memory:
 
     def step(self, next_token=lambda sequence: 0, meanwhile=lambda: None):
         chunks = self.scheduler.schedule()
-        contents = [[*page] for page in self.slots]
         for chunk in chunks:
             if chunk.copy:
-                self.slots[chunk.copy[1]] = [*contents[chunk.copy[0]]]
+                self.slots[chunk.copy[1]] = [*self.slots[chunk.copy[0]]]
         writers, changed = {}, set()
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
@@ -124,10 +123,10 @@ def test_a_prompt_is_found_again_and_so_is_its_answer():
     (first,) = memory.run(ask(range(10), answer=8))
     assert first.cached == 0
     (again,) = memory.run(ask(range(10)))
-    assert again.cached == 8
+    assert again.cached == 9  # two pages, and a token of the third
     (turn,) = memory.run(ask([*first.tokens, 5, 5, 5]))
-    assert turn.cached == 16  # of 17 whose keys were computed, whole pages
-    assert memory.prefix.found == 24
+    assert turn.cached == 17  # all whose keys were computed
+    assert memory.prefix.found == 26
 
 
 def test_a_prompt_wholly_known_still_computes_its_last_token():
@@ -136,8 +135,8 @@ def test_a_prompt_wholly_known_still_computes_its_last_token():
     memory.run(ask(range(8)))
     before = memory.ran
     (again,) = memory.run(ask(range(8), answer=1))
-    assert again.cached == 4
-    assert memory.ran - before == 4
+    assert again.cached == 7
+    assert memory.ran - before == 1
 
 
 def test_requests_that_run_together_share_what_is_full():
@@ -161,15 +160,60 @@ def test_scopes_share_nothing():
 
 def test_the_least_recently_used_leaf_goes_first():
     memory = Memory(pages=6, page_size=2)
-    memory.run(ask([1, 2, 3, 4, 5], answer=1))
-    memory.run(ask([1, 2, 7, 8, 9], answer=1))
-    memory.run(ask([1, 2, 3, 4, 5], answer=1))  # used again
+    memory.run(ask([1, 2, 3, 4], answer=1))
+    memory.run(ask([1, 2, 7, 8], answer=1))
+    memory.run(ask([1, 2, 3, 4], answer=1))  # used again
     assert {node.tokens for _, node in memory.prefix.walk()} == {(1, 2), (3, 4), (7, 8)}
-    memory.run(ask([6] * 7, answer=1))  # four pages, of which three were empty
+    memory.run(ask([6] * 8, answer=1))  # four pages, of which three were empty
     assert {node.tokens for _, node in memory.prefix.walk()} == {(1, 2), (3, 4), (6, 6)}
     memory.run(ask([0] * 12, answer=1))  # everything
     assert {node.tokens for _, node in memory.prefix.walk()} == {(0, 0)}
     assert len(memory.prefix._roots) == 1
+
+
+def test_a_page_known_in_part_is_copied_and_stays_as_it_is():
+    memory = Memory(page_size=8)
+    memory.run(ask([1, 2, 3, 4, 5, 6, 7, 8, 9], answer=1))
+    pages = {node.page: [*memory.slots[node.page]] for _, node in memory.prefix.walk()}
+    for prompt, cached in (([1, 2, 3, 4, 5, 0, 0], 5), ([1, 0, 0], 0), ([1, 2, 3, 4, 5, 6, 7, 8, 9, 9], 8)):
+        before = memory.ran
+        (again,) = memory.run(ask(prompt, answer=1))
+        assert again.cached == cached
+        assert memory.ran - before == len(prompt) - again.cached
+    assert all(memory.slots[page] == keys for page, keys in pages.items())
+
+
+def test_who_finds_no_room_for_a_copy_does_without():
+    memory = Memory(pages=2, page_size=4, max_sequences=1)
+    memory.run(ask([1, 2, 3, 4, 5, 6, 7], answer=1))
+    (again,) = memory.run(ask([1, 2, 3, 4, 5, 6, 0, 0], answer=1))  # needs both pages, the one to copy from among them
+    assert again.cached == 4
+    assert again.finish_reason == "length"
+
+
+def test_a_fork_that_ends_before_it_ran_leaves_the_page_it_shared_as_it_is():
+    memory = Memory(pages=4, page_size=4)
+    first, fork = forked(range(8), 2)
+    memory.scheduler.add(first)
+    memory.step()  # the fork is to compute the prompt's last token again, and holds both pages, full and kept
+    for sequence in (first, fork):
+        memory.scheduler.end(sequence)
+        memory.check()
+    assert [node.tokens for _, node in memory.prefix.walk()] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    memory.run(ask([1] * 13, answer=1))  # takes every page
+
+
+def test_what_was_to_be_copied_into_is_not_kept_when_its_step_never_ran():
+    memory = Memory(pages=8, page_size=4)
+    first, fork = forked(range(7), 2)
+    memory.scheduler.add(first)
+    memory.step()
+    copies = [chunk.copy for chunk in memory.scheduler.schedule()]
+    assert copies[0] is not None
+    for sequence in (fork, first):
+        memory.scheduler.end(sequence)
+    memory.check()
+    memory.run(ask(range(8)))  # reads what is kept
 
 
 @pytest.mark.parametrize("length", [7, 8])

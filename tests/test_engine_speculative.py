@@ -113,7 +113,7 @@ def test_what_speculation_wrote_is_reused_by_speculation(plain, made):
         after = llm.stats()
         runs.append([after[name] - before[name] for name in ("guessed_tokens", "accepted_tokens")])
         assert output.tokens == plain.generate(prompt, wish())[0].tokens
-    assert output.cached_tokens == (len(prompt) - 1) // 4 * 4
+    assert output.cached_tokens >= (len(prompt) - 1) // 4 * 4
     assert runs[1][1] >= runs[0][1]  # of four guesses more: a prompt that is known decodes at once
 
 

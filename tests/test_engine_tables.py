@@ -31,7 +31,8 @@ def decoding(sequences, prompt, page_size=4):
 def step(scheduler, table, token=0):
     chunks = scheduler.schedule()
     table.update(chunks)
-    batch = Layout.of(chunks, scheduler.page_size).batch(table.array, scheduler.page_size, torch.device("cpu"))
+    layout = Layout.of(chunks, scheduler.page_size)
+    batch = layout.batch(layout.arrays(table.array, torch.device("cpu")), scheduler.page_size)
     scheduler.advance(chunks, [token] * sum(chunk.samples for chunk in chunks))
     return chunks, batch
 

@@ -137,7 +137,7 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
         _finish(parts, bias, y, activation, gated)
         return
     choice = choose(
-        "product", device, tiles(rows, features, columns, kind, x.dtype, group, chip_of(x)),
+        "product", device, tiles(rows, features, columns, kind, x.dtype, group, y.dtype, chip_of(x)),
         **known, rows=power(rows), features=features, columns=columns,
     )  # fmt: skip
     if group and not _foldable(form, x.dtype, columns):

@@ -18,8 +18,11 @@ LARGE_ROWS = 256  # from here on it pays that tensor descriptors are made for ev
 
 
 @functools.lru_cache(4096)
-def tiles(rows, features, columns, kind, dot, group, chip):
-    """Tile sizes and launch options.  `dot` is the dtype that is multiplied, `kind` how the weight is stored."""
+def tiles(rows, features, columns, kind, dot, group, y, chip):
+    """Tile sizes and launch options.
+
+    `dot` is the dtype that is multiplied, `y` that of the answer, `kind` how the weight is stored.
+    """
     if INTERPRETED:
         # Small enough for two bands of tiles in 64 rows, and an uneven split of 320 columns: or no test would see them.
         shape, wanted = (power(rows, 16, 32), power(features, 32, 256), 64, 1, 4, 2), 8
@@ -28,7 +31,7 @@ def tiles(rows, features, columns, kind, dot, group, chip):
     elif rows <= 255:
         shape, wanted = _some(rows, kind, chip), 2 * chip.processors
     else:
-        shape, wanted = _many(rows, features, dot, group, chip), chip.processors
+        shape, wanted = _many(rows, features, dot, group, y, chip), chip.processors
     block_m, block_n, block_k, band, warps, stages = shape
     count = blocks(rows, block_m) * blocks(features, block_n)
     described = chip.hopper and rows >= LARGE_ROWS and dot != torch.float32  # float32 waits for its multiply-adds
@@ -111,7 +114,7 @@ def _some(rows, kind, chip):
     return power(rows, 32, 64), 64, 128, 8, 4, stages
 
 
-def _many(rows, features, dot, group, chip):
+def _many(rows, features, dot, group, y, chip):
     eight_bits = dot.itemsize == 1
     if chip.shared < LARGE_SHARED:
         return 64 if chip.rdna and group else 128, 128, 128 if eight_bits else 64, 8, 8, 2
@@ -121,11 +124,11 @@ def _many(rows, features, dot, group, chip):
         return 64, 128, 128, 8, 4, 4
     if group:  # scales within the loop, and a second set of sums, take registers
         return 128, 128, 128, 8, 8, 4 if eight_bits else 3
-    large = 128, 256, 128 if eight_bits else 64, 16 if eight_bits else 8, 8, 4
+    large = 128, 256, 128 if eight_bits else 64, 16 if eight_bits else 8, 8, 3 if y.itemsize == 4 else 4
     middle = 128, 128, *large[2:4], 4, 5 if eight_bits else 6
     small = 64, 128, *large[2:4], 4, 4
-    rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.5}  # as measured where all are busy
-    return min(rates, key=lambda tile: _most(rows, features, *tile[:2], chip) / rates[tile])
+    rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.45}  # as measured where all are busy
+    return min(rates, key=lambda tile: _most(rows, features, tile[0], tile[1], chip) / rates[tile])
 
 
 def _most(rows, features, block_m, block_n, chip):

@@ -53,7 +53,7 @@ def run(
         page=page_size, rows=power(rows, 16, 1024), keys=power(keys, 256),
     )  # fmt: skip
     tiles = tiles | {"EDGE": min(tiles["EDGE"], tiles["BLOCK_N"])}
-    in_words = [None]
+    in_words: list = [None]
     if q.element_size() == 2 and not (chip.arch.startswith("sm_10") and tiles["BLOCK_M"] >= 64):
         in_words = [words_of(cache, chip) for cache in (k_cache, v_cache)]
     words = None not in in_words  # tcgen05 of Blackwell: two sums in its own memory take more than words save

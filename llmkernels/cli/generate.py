@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import randbits
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,7 +63,6 @@ def generate(
 
     from llmkernels import ledger
     from llmkernels.engine.llm import LLM
-    from llmkernels.engine.sampling import draw_seed
 
     prompts = _prompts(model, prompt, file)
     with progress("loading the checkpoint"):
@@ -78,7 +78,7 @@ def generate(
     if adapter:
         llm.load_adapter(ADAPTER, adapter)
     wishes: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    wishes |= {"seed": draw_seed() if seed is None else seed, "max_tokens": max_tokens}
+    wishes |= {"seed": randbits(64) if seed is None else seed, "max_tokens": max_tokens}
     params = replace(llm.default_params, **{name: value for name, value in wishes.items() if value is not None})
     ledger.reset()
     start = time.perf_counter()

@@ -30,11 +30,13 @@ def problems(scheduler: Scheduler) -> Iterator[str]:
     for sequence in scheduler.waiting:
         if sequence.pages or sequence.computed:
             yield f"a sequence that waits holds {len(sequence.pages)} pages"
-    known = {node.page: node for _, node in prefix.walk()} if prefix else {}
-    idle = sum(not pool.users(page) for page in known)
+    nodes = [node for _, node in prefix.walk()] if prefix else []
+    idle = sum(not pool.users(node.page) for node in nodes)
     if pool.idle != idle:
         yield f"{pool.idle} pages are idle, and the prefix cache knows {idle} that nobody uses"
-    for page, node in known.items():
+    if twice := [page for page, times in Counter(node.page for node in nodes).items() if times > 1]:
+        yield f"pages {twice} are known for several prefixes each"
+    for node in nodes:
         above = node.parent.page if node.parent else -1
-        if above >= 0 and pool.users(page) > pool.users(above):
-            yield f"page {page} has {pool.users(page)} users, and page {above} before it {pool.users(above)}"
+        if above >= 0 and pool.users(node.page) > pool.users(above):
+            yield f"page {node.page} has {pool.users(node.page)} users, and page {above} before it {pool.users(above)}"

@@ -6,7 +6,7 @@ as in transformers' GenerationMixin.generate(num_beams=width), the oracle of its
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 
 from llmkernels.engine.output import Output
 from llmkernels.engine.params import MOST_LOGPROBS, check
@@ -96,25 +96,25 @@ def search(
     return [beam for beam in finished if beam.tokens]
 
 
+@dataclass(eq=False)
 class BeamSearch:
     """A search on its way: sequences of a scheduler that fork at every step of theirs.
 
+    first: the request, not queued yet, with the top_logprobs that `search` asks for.
     beams: what it found, the best first; None until it has ended.
 
     ValueError where its beams find no room, even alone.
     """
 
-    def __init__(
-        self,
-        params: BeamParams,
-        first: Output,
-        scheduler: Scheduler,
-        stop: frozenset[int],
-        decode: Callable[[list[int]], str],
-    ):
-        """first: the request, not queued yet, with the top_logprobs that `search` asks for."""
-        self.beams: list[Beam] | None = None
-        self._scheduler, self._decode, self._outputs = scheduler, decode, [first]
+    params: BeamParams
+    first: InitVar[Output]
+    scheduler: Scheduler
+    stop: frozenset[int]
+    decode: Callable[[list[int]], str]
+    beams: list[Beam] | None = None
+
+    def __post_init__(self, first: Output) -> None:
+        params, scheduler, self._outputs = self.params, self.scheduler, [first]
         sequence = first._sequence
         sequence.plain = True
         self._length = len(sequence.tokens)  # behind so many tokens the beams part
@@ -125,7 +125,7 @@ class BeamSearch:
                 f"width is {params.width}: {pages} pages and as many sequences at once; this LLM has "
                 f"{scheduler.pool.pages} and max_sequences={scheduler.max_sequences}: give fewer beams, or fewer tokens"
             )
-        self._search = search(params, sequence.limit - self._length, stop)
+        self._search = search(params, sequence.limit - self._length, self.stop)
         next(self._search)
 
     def advance(self) -> bool:
@@ -135,7 +135,7 @@ class BeamSearch:
                 ways = self._search.send([output.top_logprobs[0] for output in self._outputs])
             except StopIteration as end:
                 self.abort()
-                self.beams = [replace(beam, text=self._decode(beam.tokens)) for beam in end.value]
+                self.beams = [replace(beam, text=self.decode(beam.tokens)) for beam in end.value]
                 return False
             forks = [self._fork(self._outputs[i], token) for i, token in ways]
             self.abort()
@@ -145,10 +145,10 @@ class BeamSearch:
     def abort(self) -> None:
         """Forget the sequences that it follows."""
         for output in self._outputs:
-            self._scheduler.end(output._sequence)
+            self.scheduler.end(output._sequence)
 
     def _fork(self, parent: Output, token: int) -> Output:
-        sequence = self._scheduler.fork(parent._sequence, self._length, token)
+        sequence = self.scheduler.fork(parent._sequence, self._length, token)
         fork = Output(parent.prompt_tokens, parent.params, parent.seed, _sequence=sequence, _stops=StopStrings(()))
         sequence.payload = fork
         return fork

@@ -42,8 +42,10 @@ class Forward:
         with use(checked=bool(current().checked)):
             if self.graphs and not hidden and (logits := self.graphs.logits(layout)) is not None:
                 return logits
-            batch = layout.batch(self.table.array, self.cache.page_size, self.model.device)
+            batch = layout.batch(layout.arrays(self.table.array, self.model.device), self.cache.page_size)
             batch.hidden = hidden
+            if layout.rows != [*range(len(layout.tokens))]:
+                batch.rows = torch.tensor(layout.rows, dtype=torch.int64, device=self.model.device)
             decode = self.model.decode if hidden else self.decode  # what calls back is no part of a graph
             return decode(self.model.embedding[batch.tokens], batch, self.cache)
 

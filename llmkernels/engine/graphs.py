@@ -21,6 +21,7 @@ settings (`use`), and where a caller wants calls checked or noted, the step runs
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -65,7 +66,7 @@ class DecodeGraphs:
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
         self._fixed = model.device.type != "cpu"
-        self._inputs = Inputs(table, cache.page_size, model)
+        self._inputs = Inputs(table, model)
         self._steps: dict[Hashable, Step] = {}
         self._memory: Any = torch.cuda.graph_pool_handle() if self._fixed else []
         _ALIVE.add(self)
@@ -89,16 +90,13 @@ class DecodeGraphs:
         size = (tokens, sequences, layout.most) if self._fixed else (round_up(tokens),)
         form = *size, table_width(layout.pages), bool(layout.sees), model.adapted if layout.adapters else -1
         inputs.set(layout)
-        x = inputs.x[:tokens]
-        torch.index_select(model.embedding, 0, inputs.tokens[:tokens], out=x)
+        x, batch = inputs.x[:tokens], partial(layout.batch, inputs.arrays, self.cache.page_size)
+        torch.index_select(model.embedding, 0, inputs.arrays.long[0, :tokens], out=x)
         if layout.rows == [*range(tokens)]:
-            (logits,), replayed = self._run(
-                form, lambda: (self.decode(x, inputs.batch(layout), self.cache),), tokens, sequences
-            )
+            (logits,), replayed = self._run(form, lambda: (self.decode(x, batch(), self.cache),), tokens, sequences)
         else:  # the head has a recording of its own, of as many rows as are asked for
-            states, replayed = self._run(
-                (*form, "states"), lambda: model.states(x, inputs.batch(layout), self.cache), tokens, sequences
-            )
+            form = *form, "states"
+            states, replayed = self._run(form, lambda: model.states(x, batch(), self.cache), tokens, sequences)
             count = len(layout.rows)
             if not count:
                 return x.new_empty(0, model.config.vocab)
@@ -110,10 +108,6 @@ class DecodeGraphs:
         self.replayed += replayed
         self.plain += not replayed
         return logits if layout.rows == wanted else logits[torch.tensor(wanted, device=logits.device)]
-
-    def clear(self) -> None:
-        """Forget every step."""
-        self._steps.clear()
 
     def _run(self, form: Hashable, run: Callable[[], Results], tokens: int, sequences: int) -> tuple[Results, bool]:
         """What `run` gives, and whether it was replayed.  It is recorded the second time that one of its kind runs."""
@@ -150,7 +144,7 @@ _ALIVE: WeakSet[DecodeGraphs] = WeakSet()
 
 def _forget() -> None:
     for graphs in _ALIVE:
-        graphs.clear()
+        graphs._steps.clear()
 
 
 discovery.FORGET.append(_forget)

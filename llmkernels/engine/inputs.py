@@ -4,23 +4,23 @@ from dataclasses import replace
 
 import torch
 
-from llmkernels.engine.layout import Layout, round_up, table_width
+from llmkernels.engine.layout import Arrays, Layout, round_up
 from llmkernels.engine.tables import BlockTable
-from llmkernels.models.model import Batch, Model
+from llmkernels.models.model import Model
 
 MOST_TOKENS = 64  # of a step with several for a sequence; beyond, the work outweighs Python
+PARTS = "tokens", "positions", "slots", "adapters", "sees", "lengths", "starts"  # of a layout, as its arrays stand
 MOST_EXACT = 6  # tokens for each sequence on average that are not filled up to the next 8
 
 
 class Inputs:
     """The static arrays of steps: as a step sees them, and as Python fills them.
 
-    tokens: int64.  x: [tokens hidden], where a replay finds their embeddings.  ends: x and residual of the rows whose
-    logits are asked for, where they are not all.
+    arrays: of steps.  x: [tokens hidden], where a replay finds their embeddings.  ends: x
+    and residual of the rows whose logits are asked for, where they are not all.
     """
 
-    def __init__(self, table: BlockTable, page_size: int, model: Model):
-        self.page_size = page_size
+    def __init__(self, table: BlockTable, model: Model):
         place = model.device
         pin = place.type == "cuda"
         sequences = len(table.array)
@@ -29,46 +29,18 @@ class Inputs:
         adapters = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
         sees = torch.zeros(count, 1, dtype=torch.uint32, pin_memory=pin)
         lengths, starts = (torch.zeros(sequences + 1, dtype=torch.int32, pin_memory=pin) for _ in range(2))
-        self._staged = [long, adapters, sees, lengths, starts, table.array]
-        self._there = self._staged if place.type == "cpu" else [array.to(place) for array in self._staged]
+        self._staged = Arrays(long, adapters, sees, lengths, starts, table.array)
+        self.arrays = self._staged if place.type == "cpu" else Arrays(*(array.to(place) for array in self._staged))
         self._views = [array.numpy() for array in (*long, adapters, sees[:, 0], lengths, starts)]
-        self.tokens = self._there[0][0]
         self.x, *self.ends = torch.empty(3, count, model.config.hidden, dtype=model.dtype, device=place)
-
-    def batch(self, layout: Layout) -> Batch:
-        """The arrays of a step of this layout."""
-        long, adapters, sees, lengths, starts, table = self._there
-        tokens, count, width = len(layout.tokens), len(layout.lengths), table_width(layout.pages)
-        return Batch(
-            tokens=long[0, :tokens],
-            positions=long[1, :tokens],
-            slots=long[2, :tokens],
-            block_table=table[:count, :width],
-            seq_lens=lengths[:count],
-            cu_seqlens_q=starts[: count + 1],
-            rows=None,
-            max_seqlen_q=round_up(layout.most),
-            max_seqlen_k=width * self.page_size,
-            tree_mask=sees[:tokens] if layout.sees else None,
-            adapters=adapters[:tokens] if layout.adapters else None,
-        )
 
     def set(self, layout: Layout) -> None:
         """Fill in a layout."""
-        parts = (
-            layout.tokens,
-            layout.positions,
-            layout.slots,
-            layout.adapters,
-            layout.sees,
-            layout.lengths,
-            layout.starts,
-        )
-        for view, values in zip(self._views, parts, strict=True):
-            if values:
+        for view, name in zip(self._views, PARTS, strict=True):
+            if values := getattr(layout, name):
                 view[: len(values)] = values
-        if self._there is not self._staged:
-            for there, staged in zip(self._there, self._staged, strict=True):
+        if self.arrays is not self._staged:
+            for there, staged in zip(self.arrays, self._staged, strict=True):
                 there.copy_(staged, non_blocking=True)  # done before these are set again: a step ends with its tokens
 
 

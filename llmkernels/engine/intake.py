@@ -1,6 +1,8 @@
 """What is asked for, checked and made ready: prompts and parameters in, the outputs to be out."""
 
 from collections.abc import Sequence as Row
+from dataclasses import dataclass
+from secrets import randbits
 from typing import Any
 
 import tokenizers
@@ -9,7 +11,7 @@ from llmkernels.engine.lora import Adapters
 from llmkernels.engine.output import Output
 from llmkernels.engine.params import SamplingParams
 from llmkernels.engine.pooling import Mean
-from llmkernels.engine.sampling import draw_seed, fork_seed
+from llmkernels.engine.sampling import fork_seed
 from llmkernels.engine.sequence import Sequence
 from llmkernels.models.encoder import Encoder
 from llmkernels.models.tokenizer import Detokenizer, StopStrings
@@ -18,6 +20,7 @@ from llmkernels.structured.grammar import Grammars
 Prompt = str | list[int]
 
 
+@dataclass
 class Intake:
     """Makes requests of an LLM's prompts.
 
@@ -26,19 +29,16 @@ class Intake:
     default: what is asked for where nothing is said.
     """
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer | None,
-        vocab: int,
-        max_length: int,
-        stop: frozenset[int],
-        default: SamplingParams,
-        adapters: Adapters,
-    ):
-        self.tokenizer, self.vocab, self.max_length, self.stop = tokenizer, vocab, max_length, stop
-        self.default, self.adapters = default, adapters
-        self._encoder = Encoder(tokenizer) if tokenizer else None
-        self.grammars = Grammars(tokenizer, vocab, stop) if tokenizer else None
+    tokenizer: tokenizers.Tokenizer | None
+    vocab: int
+    max_length: int
+    stop: frozenset[int]
+    default: SamplingParams
+    adapters: Adapters
+
+    def __post_init__(self) -> None:
+        self._encoder = Encoder(self.tokenizer) if self.tokenizer else None
+        self.grammars = Grammars(self.tokenizer, self.vocab, self.stop) if self.tokenizer else None
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""
@@ -66,14 +66,12 @@ class Intake:
         ids = self._tokens(prompt, params)
         used = None if adapter is None else self.adapters.find(adapter)
         scope = salt if used is None else (salt, used.number)
-        seed = draw_seed() if params.seed is None else params.seed
+        seed = randbits(64) if params.seed is None else params.seed
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop)
         limit = min(len(ids) + params.max_tokens, self.max_length)
         grammar, outputs = self.grammar(params), []
         for i in range(params.answers):
-            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope=scope)
-            if used:
-                sequence.adapter = used.slot
+            sequence = Sequence(ids.copy(), len(ids), limit, stop, scope, adapter=used.slot if used else -1)
             sequence.pooled = Mean() if params.embed else None
             text = self.tokenizer and Detokenizer(self.tokenizer, ids)
             stops = StopStrings(params.stop)

@@ -1,8 +1,10 @@
-"""What a forward pass reads of each token, as plain lists: tables.py and graphs.py make arrays of them."""
+"""What a forward pass reads of each token, as plain lists: the arrays made of them."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -87,26 +89,46 @@ class Layout:
         lengths = [position + 1 if row in placed else 0 for row, position in enumerate(positions)]
         return cls(tokens, positions, slots, [*range(sequences + 1)], lengths, pages=pages, rows=[*placed])
 
-    def batch(self, table: torch.Tensor, page_size: int, device: torch.device) -> Batch:
-        """New arrays.  table: [sequences max_pages], of which as much is used as is filled."""
+    def arrays(self, table: torch.Tensor, device: torch.device) -> "Arrays":
+        """New ones.  table: [sequences max_pages], of which as much is used as is filled."""
+        array = partial(torch.tensor, dtype=torch.int32, device=device)
+        long = array([self.tokens, self.positions, self.slots], dtype=torch.int64)
+        sees = array(self.sees, dtype=torch.uint32)[:, None]
+        filled = table[: len(self.lengths), : table_width(self.pages)].to(device)
+        return Arrays(long, array(self.adapters), sees, array(self.lengths), array(self.starts), filled)
 
-        def array(values: list[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        width = min(table_width(self.pages), table.shape[1])
+    def batch(self, arrays: "Arrays", page_size: int) -> Batch:
+        """What the model reads, of arrays that begin with this layout; the logits of all tokens are wanted."""
+        count, new = len(self.lengths), len(self.tokens)
+        tokens, positions, slots = arrays.long[:, :new]
+        table = arrays.table[:count, : table_width(self.pages)]
         return Batch(
-            tokens=array(self.tokens, torch.int64),
-            positions=array(self.positions, torch.int64),
-            slots=array(self.slots, torch.int64),
-            block_table=table[: len(self.lengths), :width].to(device),
-            seq_lens=array(self.lengths, torch.int32),
-            cu_seqlens_q=array(self.starts, torch.int32),
-            rows=None if self.rows == [*range(len(self.tokens))] else array(self.rows, torch.int64),
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            block_table=table,
+            seq_lens=arrays.lengths[:count],
+            cu_seqlens_q=arrays.starts[: count + 1],
+            rows=None,
             max_seqlen_q=round_up(self.most),
-            max_seqlen_k=width * page_size,
-            tree_mask=array(self.sees, torch.uint32)[:, None] if self.sees else None,
-            adapters=array(self.adapters, torch.int32) if self.adapters else None,
+            max_seqlen_k=table.shape[1] * page_size,
+            tree_mask=arrays.sees[:new] if self.sees else None,
+            adapters=arrays.adapters[:new] if self.adapters else None,
         )
+
+
+class Arrays(NamedTuple):
+    """The lists of a layout as arrays.  long: int64 [3 tokens]: tokens, positions, slots.  sees: uint32 [tokens 1].
+
+    int32: adapters [tokens], lengths [sequences], starts [sequences+1], table [sequences pages].
+    """
+
+    long: torch.Tensor
+    adapters: torch.Tensor
+    sees: torch.Tensor
+    lengths: torch.Tensor
+    starts: torch.Tensor
+    table: torch.Tensor
 
 
 def slot(pages: list[int], position: int, page_size: int) -> int:

@@ -18,7 +18,7 @@ from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import Chosen
 from llmkernels.engine.scheduler import Scheduler
-from llmkernels.engine.snapshot import snapshot
+from llmkernels.engine.snapshot import counts, snapshot
 from llmkernels.engine.speculative import Speculation
 from llmkernels.models import shipped_model
 from llmkernels.models.tokenizer import read_tokenizer
@@ -135,9 +135,7 @@ class LLM:
         each = params if isinstance(params, list) else [params] * len(batch)
         if len(each) != len(batch):
             raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one for all, or one each")
-        requests = [
-            self._intake.request(prompt, wishes, salt, adapter) for prompt, wishes in zip(batch, each, strict=True)
-        ]
+        requests = [self._intake.request(*asked, salt, adapter) for asked in zip(batch, each, strict=True)]
         outputs = [output for answers in requests for output in answers]
         try:
             for first, *_ in requests:
@@ -273,22 +271,7 @@ class LLM:
     def stats(self) -> dict[str, int]:
         """Requests that run and wait; pages used, idle (their keys are kept) and empty; preemptions, reuse; tokens
         guessed, and those that came true; decode steps that were replayed, and that were not."""
-        scheduler, pool, prefix = self._scheduler, self._scheduler.pool, self._scheduler.prefix
-        graphs, speculator = self._runner.target.graphs, self._runner.speculator
-        return {
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "pages_used": pool.pages - pool.free,
-            "pages_idle": pool.idle,
-            "pages_empty": pool.free - pool.idle,
-            "preemptions": scheduler.preemptions,
-            "prefix_asked_tokens": prefix.asked if prefix else 0,
-            "prefix_found_tokens": prefix.found if prefix else 0,
-            "guessed_tokens": speculator.guessed if speculator else 0,
-            "accepted_tokens": speculator.accepted if speculator else 0,
-            "decode_replayed_steps": graphs.replayed if graphs else 0,
-            "decode_plain_steps": graphs.plain if graphs else 0,
-        }
+        return counts(self._scheduler, self._runner)
 
     @property
     def forwards(self) -> list[Forward]:

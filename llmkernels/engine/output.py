@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any
 
 from llmkernels.engine.params import SamplingParams
 from llmkernels.engine.sampling import Chosen
@@ -67,8 +67,7 @@ class Output:
         """The mean of the prompt's hidden states, of length 1; RuntimeError where params.embed did not ask for it."""
         if self._sequence.pooled is None or self.finish_reason not in ("length", "stop"):
             raise RuntimeError("there is no embedding; ask for one with SamplingParams(embed=True), and let it finish")
-        mean: list[float] = self._sequence.pooled.mean()
-        return mean
+        return list(self._sequence.pooled.mean())
 
     def _receive(self, chosen: Chosen, reason: str | None) -> bool:
         """Take the next token in, with which the text ends if there is a reason; True where a stop string ends it."""
@@ -92,24 +91,10 @@ class Output:
         return self.guide.forced() if self.guide and not asked and not self.finish_reason else []
 
 
-class Scored(Protocol):
-    """What `best` needs to know of an answer."""
+def best(outputs: Sequence[Any]) -> list[Any]:
+    """Of the finished answers to one prompt, with their params, tokens and score, the params.n that were asked for.
 
-    @property
-    def params(self) -> SamplingParams: ...
-    @property
-    def tokens(self) -> list[int]: ...
-    @property
-    def score(self) -> float: ...
-
-
-AnAnswer = TypeVar("AnAnswer", bound=Scored)
-
-
-def best(outputs: Sequence[AnAnswer]) -> list[AnAnswer]:
-    """Of the finished answers to one prompt the params.n that were asked for; of more, params.best_of, the best first.
-
-    Those are the answers whose tokens have the highest ln p on average.
+    Of more, params.best_of, those whose tokens have the highest ln p on average, the best first.
     """
     params = outputs[0].params
     if len(outputs) == params.n:

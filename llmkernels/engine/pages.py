@@ -40,6 +40,10 @@ class PagePool:
         """How many sequences use the page."""
         return self._users[page]
 
+    def own(self, page: int) -> bool:
+        """Whether its one user may write into the page: no other uses it, and it is not kept for those who come."""
+        return self._users[page] == 1 and page not in self._kept
+
     def take(self, count: int) -> list[int] | None:
         """`count` pages that now have one user, the caller; None, and nothing taken, where fewer are free."""
         if count > self.free:
@@ -59,9 +63,9 @@ class PagePool:
             self._users[page] += 1
 
     def keep(self, page: int) -> None:
-        """The page, which is in use, becomes idle rather than empty when its last user gives it back."""
-        if not self._users[page]:
-            raise ValueError(f"page {page} is to be kept but is not in use")
+        """The page, which is its user's own, becomes idle rather than empty when its last user gives it back."""
+        if not self.own(page):
+            raise ValueError(f"page {page} is to be kept but is not in use, not of one user, or kept already")
         self._kept.add(page)
 
     def give_back(self, pages: Sequence[int]) -> None:

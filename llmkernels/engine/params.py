@@ -93,9 +93,7 @@ class SamplingParams:
         for token in self.stop_token_ids:
             check("stop_token_ids", token, int, 0, 2**31 - 1)
         if self.structure is not None and not isinstance(self.structure, Structure):
-            raise ValueError(
-                f"structure is {self.structure!r:.80}; give a Structure, as Structure(json_schema={{...}})"
-            )
+            raise ValueError(f"structure is {self.structure!r:.80}; give one, as Structure(json_schema={{...}})")
         if self.embed and (self.answers, self.max_tokens, self.structure) != (1, 1, None):
             raise ValueError("embed is given with n, max_tokens or a structure; give n=1 and max_tokens=1 alone")
         if self.structure is not None and self.ignore_eos:

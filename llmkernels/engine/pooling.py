@@ -31,8 +31,7 @@ class Mean:
 
     def mean(self) -> list[float]:
         """Divided by its length, so that a dot product of two is the cosine between them."""
-        if self._sum is None:
-            raise RuntimeError("no hidden state was taken")
+        assert self._sum is not None
         vector: list[float] = torch.nn.functional.normalize(self._sum, dim=0).tolist()
         return vector
 

@@ -1,8 +1,7 @@
 """How the next token is chosen: one call of the `sample` op for the whole batch."""
 
-import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -14,11 +13,6 @@ from llmkernels.settings import current, use
 from llmkernels.structured.masks import Guide, Masks
 
 _MASK = 2**64 - 1
-
-
-def draw_seed() -> int:
-    """A seed nobody chose."""
-    return int.from_bytes(os.urandom(8), "little")
 
 
 def fork_seed(seed: int, answer: int) -> int:
@@ -41,10 +35,8 @@ class Answer(Protocol):
     params: SamplingParams
     seed: int
     prompt_tokens: list[int]
+    tokens: list[int]
     guide: Guide | None
-
-    @property
-    def tokens(self) -> Collection[int]: ...
 
 
 class Chosen(NamedTuple):

@@ -27,7 +27,7 @@ Those that came true are tokens like others; of the rest neither pages nor count
 
 from collections import deque
 from collections.abc import Sequence as Row
-from dataclasses import replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 from llmkernels.engine.pages import PagePool
@@ -39,6 +39,7 @@ PATIENCE = 8
 MOST_KNOWN = 8  # tokens that a chunk may bring (a grammar forces them) and have guesses behind them
 
 
+@dataclass(eq=False)
 class Scheduler:
     """First come, first served, under a budget of tokens a step and a pool of pages.
 
@@ -48,26 +49,23 @@ class Scheduler:
     guesses: how many guesses a sequence may have verified in a step.
     """
 
-    def __init__(
-        self,
-        pool: PagePool,
-        page_size: int,
-        max_batch_tokens: int,
-        max_sequences: int,
-        prefix: PrefixCache | None = None,
-        guesses: int = 0,
-    ):
-        if not 1 <= max_sequences <= max_batch_tokens:
+    pool: PagePool
+    page_size: int
+    max_batch_tokens: int
+    max_sequences: int
+    prefix: PrefixCache | None = None
+    guesses: int = 0
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    preemptions: int = 0
+    _blocked: tuple[Sequence | None, int] = (None, 0)  # who waits for pages, and how many it lacked
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sequences <= self.max_batch_tokens:
             raise ValueError(
-                f"max_sequences is {max_sequences} and max_batch_tokens {max_batch_tokens}; "
+                f"max_sequences is {self.max_sequences} and max_batch_tokens {self.max_batch_tokens}; "
                 "give 1 <= max_sequences <= max_batch_tokens, a token each step for each sequence"
             )
-        self.pool, self.page_size, self.prefix = pool, page_size, prefix
-        self.max_batch_tokens, self.max_sequences, self.guesses = max_batch_tokens, max_sequences, guesses
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.preemptions = 0
-        self._blocked: tuple[Sequence | None, int] = (None, 0)  # who waits for pages, and how many it lacked
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and its forks; ValueError where even an empty pool could not hold it to its end."""
@@ -85,11 +83,11 @@ class Scheduler:
         while len(self.running) > self.max_sequences:  # after forks
             self._preempt()
         spare = self.max_batch_tokens - len(self.running)  # beyond the one token that each running sequence gets
-        size, users = self.page_size, self.pool.users
+        size, own = self.page_size, self.pool.own
         while len(chunks) < len(self.running):
             sequence = self.running[len(chunks)]
             start, page = sequence.computed, sequence.computed // size
-            if start + 1 == len(sequence.tokens) and page < len(sequence.pages) and users(sequence.pages[page]) == 1:
+            if start + 1 == len(sequence.tokens) and page < len(sequence.pages) and own(sequence.pages[page]):
                 chunk = sequence.decoding  # nothing but a token more, as nearly always
                 if chunk is None or chunk.room:
                     chunk = sequence.decoding = Chunk(sequence, start, 1, True)
@@ -102,8 +100,9 @@ class Scheduler:
                 spare -= chunk.count - 1
             else:
                 self._preempt()  # the youngest, who has no chunk yet; at worst this very sequence
+        known: dict[Sequence, int] = {}
         while self.waiting and spare and len(self.running) < self.max_sequences:
-            chunk = self._admit(self._next(), spare)
+            chunk = self._admit(self._next(known), spare)
             if not chunk:
                 break
             self.running.append(self.waiting.popleft())
@@ -137,12 +136,8 @@ class Scheduler:
             if chunk.room:
                 gained.append(self._append(sequence, [*chunk.accepted, token]))
                 continue
-            sequence.tokens.append(token)
+            self.extend(sequence, token)
             gained.append(1)
-            if token in sequence.stop:
-                self._finish(sequence, "stop")
-            elif len(sequence.tokens) >= sequence.limit:
-                self._finish(sequence, "length")
         return gained
 
     def extend(self, sequence: Sequence, token: int) -> None:
@@ -158,19 +153,13 @@ class Scheduler:
 
         It runs right behind this one; where that does not run, it waits in front.
         """
-        child = replace(sequence, tokens=[*sequence.tokens[:length], token], forks=[], payload=None, finish_reason=None)
-        child.pages, child.computed, child.settled, child.drafted = [], 0, 0, 0
-        child.memory, child.row, child.decoding = None, -1, None
+        tokens = [*sequence.tokens[:length], token]
+        child = Sequence(tokens, sequence.prompt_length, sequence.limit, sequence.stop, sequence.scope)
+        child.adapter, child.plain, child.cached = sequence.adapter, sequence.plain, sequence.cached
         if sequence not in self.running:
             self.waiting.appendleft(child)
             return child
-        known = min(length, sequence.settled)
-        full = known // self.page_size * self.page_size
-        child.computed = known if sequence.computed < full + self.page_size else full
-        child.settled = child.computed
-        child.pages = sequence.pages[: -(-child.computed // self.page_size)]  # not the last one, once full and kept
-        self.pool.share(child.pages)
-        self.running.insert(self.running.index(sequence) + 1, child)
+        self._go_on(child, sequence, min(length, sequence.settled), self.running.index(sequence) + 1)
         return child
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
@@ -203,9 +192,8 @@ class Scheduler:
         sequence = chunk.sequence
         count = len(sequence.tokens)
         most = min(most, sequence.limit - count - 1)  # a token follows the last guess
-        forced = chunk.count <= MOST_KNOWN and chunk.start >= sequence.prompt_length
-        decodes = chunk.samples and (chunk.count == 1 or forced)
-        if not decodes or sequence.plain or sequence.forks or most < 1:
+        decodes = chunk.count == 1 or (chunk.count <= MOST_KNOWN and chunk.start >= sequence.prompt_length)
+        if not (chunk.samples and decodes) or sequence.plain or sequence.forks or most < 1:
             return 0
         missing = -(-(count + most) // self.page_size) - len(sequence.pages)
         sequence.pages += self.pool.take(min(missing, self.pool.free)) or [] if missing > 0 else []
@@ -219,7 +207,7 @@ class Scheduler:
         """
         pages, start, copy = sequence.pages, sequence.computed, None
         first = start // self.page_size
-        split = first < len(pages) and self.pool.users(pages[first]) > 1
+        split = first < len(pages) and not self.pool.own(pages[first])
         missing = -(-len(sequence.tokens) // self.page_size) - len(pages)
         if missing or split:
             taken = self.pool.take(missing + split)
@@ -230,24 +218,28 @@ class Scheduler:
                 self.pool.give_back(copy[:1])
                 pages[first] = copy[1]
                 sequence.written = min(sequence.written, first)
+                sequence.settled = min(sequence.settled, first * self.page_size)  # more when the copy is made
             pages += taken
         count = min(len(sequence.tokens) - start, most)
         return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
 
-    def _next(self) -> Sequence:
-        """Who waits and is to be admitted first, from now on at the front."""
+    def _next(self, known: dict[Sequence, int]) -> Sequence:
+        """Who waits and is to be admitted first, from now on at the front.  known: in pages; looked up once a step."""
         first = self.waiting[0]
         if not self.prefix or len(self.waiting) == 1 or first.cached is not None or first is self._blocked[0]:
             return first
         near = list(islice(self.waiting, LOOKAHEAD))
         patient = next((i for i, sequence in enumerate(near) if sequence.overtaken >= PATIENCE), LOOKAHEAD)
-        known = [len(self.prefix.peek(sequence.scope, sequence.tokens[:-1])) for sequence in near[: patient + 1]]
-        at = known.index(max(known))
-        for sequence in near[:at]:
+        near = near[: patient + 1]
+        for sequence in near:
+            if sequence not in known:
+                known[sequence] = len(self.prefix.peek(sequence.scope, sequence.tokens[:-1]))
+        longest = max(near, key=known.__getitem__)
+        for sequence in near[: near.index(longest)]:
             sequence.overtaken += 1
-        del self.waiting[at]
-        self.waiting.appendleft(near[at])
-        return near[at]
+        self.waiting.remove(longest)
+        self.waiting.appendleft(longest)
+        return longest
 
     def _admit(self, sequence: Sequence, most: int) -> Chunk | None:
         """The first chunk of a sequence that waits, behind the longest known prefix; None where pages are short."""
@@ -256,9 +248,14 @@ class Scheduler:
             return None  # before the prompt is looked up again
         prefix = None if sequence.pooled else self.prefix
         if prefix:
-            sequence.pages = prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
-            sequence.computed = sequence.settled = len(sequence.pages) * self.page_size
+            sequence.pages, known = prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
+            sequence.computed = sequence.settled = known
         chunk = self._plan(sequence, most)
+        if not chunk and (more := sequence.computed % self.page_size):  # no room to copy the last page: do without
+            self.pool.give_back([sequence.pages.pop()])
+            sequence.computed -= more
+            sequence.settled = sequence.computed
+            chunk = self._plan(sequence, most)
         if not chunk:
             self._blocked = sequence, -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
             self._release(sequence)
@@ -286,13 +283,18 @@ class Scheduler:
             if len(self.running) == self.max_sequences:
                 late.append(child)
                 continue
-            child.computed = child.settled = child.cached = len(child.tokens) - 1
-            child.pages = parent.pages[: -(-len(child.tokens) // self.page_size)]
-            self.pool.share(child.pages)
-            self.running.insert(at, child)
+            child.cached = len(child.tokens) - 1
+            self._go_on(child, parent, child.cached, at)
             at += 1
         self.waiting.extendleft(reversed(late))
         parent.forks = []
+
+    def _go_on(self, child: Sequence, parent: Sequence, computed: int, at: int) -> None:
+        """The child runs at place `at`, behind so many of the parent's tokens, in the same pages."""
+        child.computed = child.settled = computed
+        child.pages = parent.pages[: -(-computed // self.page_size)]
+        self.pool.share(child.pages)
+        self.running.insert(at, child)
 
     def _preempt(self) -> None:
         victim = self.running.pop()
@@ -315,5 +317,11 @@ class Scheduler:
         queue[queue.index(sequence)] = heir
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.give_back(sequence.pages)
+        """It gives back its pages; the last settled keys are kept as well, unless another may write behind them."""
+        pages, (full, rest) = sequence.pages, divmod(sequence.settled, self.page_size)
+        if self.prefix and rest and self.pool.own(pages[full]):
+            before = pages[full - 1] if full else None
+            tokens = sequence.tokens[full * self.page_size : sequence.settled]
+            pages[full] = self.prefix.add(sequence.scope, before, tokens, pages[full])
+        self.pool.give_back(pages)
         sequence.pages, sequence.computed, sequence.settled, sequence.drafted, sequence.written = [], 0, 0, 0, 0

@@ -18,9 +18,9 @@ min(1, p/q) = p, and what replaces it is drawn from p without it.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 from llmkernels.engine.forward import Forward
@@ -78,23 +78,7 @@ class Ahead:
     def __init__(self, answer: Answer, guesses: Sequence[int]):
         self.params, self.seed, self.prompt_tokens = answer.params, answer.seed, answer.prompt_tokens
         self.guide = answer.guide
-        self.tokens = Joined(answer.tokens, guesses)
-
-
-class Joined(Collection[int]):
-    """Two lists, one after the other, without a copy of either."""
-
-    def __init__(self, first: Collection[int], second: Collection[int]):
-        self._parts = first, second
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    def __iter__(self) -> Iterator[int]:
-        return chain(*self._parts)
-
-    def __contains__(self, token: object) -> bool:
-        return any(token in part for part in self._parts)
+        self.tokens = [*answer.tokens, *guesses]
 
 
 def ahead(chunk: Chunk, node: int) -> "Answer | Ahead":

@@ -25,13 +25,10 @@ class BlockTable:
 
     def update(self, chunks: Row[Chunk]) -> None:
         """Make the table that of the sequences of these chunks, which are all that run; each knows its row then."""
-        rows, new = self._rows, []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if not (0 <= sequence.row < len(rows) and rows[sequence.row] is sequence):
-                new.append(sequence)
+        rows, sequences = self._rows, [chunk.sequence for chunk in chunks]
+        new = [s for s in sequences if not (0 <= s.row < len(rows) and rows[s.row] is s)]
         if len(rows) + len(new) > len(chunks):
-            alive = {id(chunk.sequence) for chunk in chunks}
+            alive = {*map(id, sequences)}
             for row in range(len(rows) - 1, -1, -1):
                 if id(rows[row]) not in alive:
                     self._leave(row)

@@ -54,7 +54,8 @@ class Encoder:
             return self._tokenizer.encode(text).ids
         node, known, ids = self._root, 0, list[int]()
         while (child := node.after.get(text[known : known + BLOCK])) is not None:
-            node, known, ids = child, known + BLOCK, ids + child.ids
+            node, known = child, known + BLOCK
+            ids += child.ids
         rest = self._tokenizer.encode(text[node.cut :], add_special_tokens=node is self._root)
         if self._blocks > MOST_BLOCKS:
             self._root, self._blocks = Node(0, []), 0
