@@ -29,7 +29,7 @@ from llmkernels.crosscompile import tpu, tpu_calls
 PEERS = Path("build") / "tpu_inference"
 RESULTS = Path("bench") / "results" / "tpu-peers.json"
 TARGETS = ("v5e", "v6e", "v7x")
-PAGE, HEADS, KV_HEADS, DIM, HIDDEN = 128, 32, 8, 128, 4096
+PAGE, HEADS, KV_HEADS, DIM, HIDDEN, GROUP = 128, 32, 8, 128, 4096, 128
 STEPS = [(8, 2048), (64, 2048), (8, 16384), (64, 16384)]  # sequences, keys of each
 
 
@@ -59,9 +59,9 @@ def rows():
     """(what, who) of each row."""
     for seqs, keys in STEPS:
         yield from ((f"decode {seqs} x {keys // 1024}k", who) for who in DECODE)
-    for scheme in ("w8a8", "w4a16"):
+    for scheme, others in PEERS_OF.items():
         for count in (8, 512):
-            yield from ((f"{scheme}, {count} rows", who) for who in PRODUCTS)
+            yield from ((f"{scheme}, {count} rows", who) for who in (OURS, *others, "XLA's dot"))
 
 
 def table(found):
@@ -229,7 +229,7 @@ def pages_of(seqs, keys):
 
 
 def our_product(scheme, rows):
-    return (partial(tpu.program, "xla", tpu_calls.product({"w4a16": "w4a16_g128"}.get(scheme, scheme), rows)),)
+    return (partial(tpu.program, "xla", tpu_calls.product(scheme, rows)),)
 
 
 def vllm_product(scheme, rows, blocks=None):
@@ -242,8 +242,19 @@ def vllm_product(scheme, rows, blocks=None):
     return (shaped(run, *shapes),)
 
 
-def vllm_product_larger(scheme, rows):
-    return vllm_product(scheme, rows, (max(rows, 16), 512, 2048))
+def vllm_groups(scheme, rows, blocks):
+    """Its kernel for a scale for 128 columns; it scales x for the same columns too, and adds up in bfloat16."""
+    from tpu_inference.kernels.quantized_matmul import blockwise_kernel, tuned_block_sizes
+
+    value = tuned_block_sizes.TunedValue(*blocks)
+    run = partial(blockwise_kernel.quantized_matmul_kernel, block_size=GROUP, tuned_value=value)
+    shapes = ((rows, HIDDEN), "bfloat16"), ((HIDDEN, HIDDEN), "int4"), ((HIDDEN // GROUP, 1, HIDDEN), "float32")
+    return (shaped(run, *shapes),)
+
+
+def in_blocks(kernel, features, columns):
+    """A kernel of tpu-inference with blocks of our choice: all rows, so many features and columns."""
+    return lambda scheme, rows: kernel(scheme, rows, (max(rows, 16), features, columns))
 
 
 def xla_product(scheme, rows):
@@ -255,14 +266,18 @@ def xla_product(scheme, rows):
         return (total.astype(jnp.float32) * x_scale * scale).astype(jnp.bfloat16)
 
     def nibbles(x, weight, scale):
-        wide = weight.astype(jnp.bfloat16).reshape(HIDDEN, -1, 128) * scale[..., None]
+        return (x @ weight.astype(jnp.bfloat16).T) * scale
+
+    def groups(x, weight, scale):
+        wide = weight.astype(jnp.bfloat16).reshape(HIDDEN, -1, GROUP) * scale[..., None]
         return x @ wide.reshape(HIDDEN, HIDDEN).T
 
     weight = (HIDDEN, HIDDEN)
     if scheme == "w8a8":
         shapes = ((rows, HIDDEN), "int8"), (weight, "int8"), ((rows, 1), "float32"), ((1, HIDDEN), "float32")
         return (shaped(bytes_of, *shapes),)
-    return (shaped(nibbles, ((rows, HIDDEN), "bfloat16"), (weight, "int4"), ((HIDDEN, HIDDEN // 128), "bfloat16")),)
+    run, scales = (groups, (HIDDEN, HIDDEN // GROUP)) if scheme == "w4a16_g128" else (nibbles, (HIDDEN,))
+    return (shaped(run, ((rows, HIDDEN), "bfloat16"), (weight, "int4"), (scales, "bfloat16")),)
 
 
 OURS = "llmkernels"
@@ -272,11 +287,18 @@ DECODE = {
     "jax ragged_paged_attention, 8 queries, 4 pages": jax_ragged,
     "tpu-inference ragged_paged_attention v3": vllm_ragged,
 }
+BLOCKS = (512, 2048), (1024, 4096)  # features, columns
+ROWS, GROUPS = "tpu-inference quantized_matmul", "tpu-inference blockwise quantized_matmul"
 PRODUCTS = {
     OURS: our_product,
-    "tpu-inference quantized_matmul": vllm_product,
-    "tpu-inference quantized_matmul, blocks of 512 x 2048": vllm_product_larger,
+    ROWS: vllm_product,
+    **{f"{ROWS}, blocks of {n} x {k}": in_blocks(vllm_product, n, k) for n, k in BLOCKS},
+    **{f"{GROUPS}, blocks of {n} x {k}": in_blocks(vllm_groups, n, k) for n, k in BLOCKS},
     "XLA's dot": xla_product,
+}
+PEERS_OF = {  # those that do the same work: the same bytes, scales for the same weights
+    scheme: [who for who in PRODUCTS if who.startswith(kernel)]
+    for scheme, kernel in (("w8a8", ROWS), ("w4a16", ROWS), ("w4a16_g128", GROUPS))
 }
 
 if __name__ == "__main__":

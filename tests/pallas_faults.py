@@ -96,9 +96,15 @@ FAULTS = {
     ),
     "many rows: the scales of the first groups": Fault(
         ("quantized_gemm, bfloat16, w4a16_g128, batch",),
-        "_take(numbers, group + at * columns // kind.group)",
-        "_take(numbers, group)",
+        "lane_taken(numbers, group + at * columns // kind.group)",
+        "lane_taken(numbers, group)",
         "_stored.py",
+    ),
+    "few rows: the scales of other features": Fault(
+        ("quantized_gemm, bfloat16, w4a16_g128, 17 x",), "_parted(own) if bits else own", "own", "_nibbles.py"
+    ),
+    "few rows: all groups of a pair have the scales of one": Fault(
+        ("quantized_gemm, bfloat16, w4a16_g128, 17 x",), "at // kind.group + i", "at // kind.group", "_nibbles.py"
     ),
     "zero points of the group before": Fault(
         ("quantized_gemm, float32, w4a16_g128_zp, 17 x",),

@@ -62,21 +62,43 @@ MANY_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("unit", [128, 256])
+FEW_ROWS = [
+    ("quantized_gemm", "w4a16_g64", {"rows": 20, "out": 200, "in_": 640}),
+    ("quantized_gemm", "w4a16", {"rows": 3, "out": 200, "in_": 4480}),
+    ("norm_linear_activation", "w4a16_g128", GATED | {"rows": 9}),
+]
+
+
 @pytest.mark.parametrize(("op", "scheme", "sizes"), MANY_ROWS)
-def test_interpreted_products_of_many_rows(op, scheme, sizes, unit, monkeypatch):
-    """More than the contract's cases have, in the sizes of v5e and TPU7x, and in shapes that nobody else compiled."""
+@pytest.mark.parametrize("like", ["v5e", "v7x"])
+def test_interpreted_products_of_many_rows(op, scheme, sizes, like, monkeypatch):
+    """More than the contract's cases have, in the sizes of a chip."""
+    check_product(op, scheme, sizes, like, monkeypatch)
+
+
+@pytest.mark.parametrize(("op", "scheme", "sizes"), FEW_ROWS)
+@pytest.mark.parametrize("like", ["v5e", "v6e", "v7x"])
+def test_interpreted_products_of_few_rows(op, scheme, sizes, like, monkeypatch):
+    """What nibbles become is another number on each of them; the contract's cases are interpreted as on v5e."""
+    check_product(op, scheme, sizes, like, monkeypatch)
+
+
+def check_product(op, scheme, sizes, like, monkeypatch):
+    """Parity of a call that is interpreted as it would run on a chip, in a shape that nobody else compiled."""
     from llmkernels import testing
     from llmkernels.contract import Case
     from llmkernels.discovery import emulated
     from llmkernels.registry import OPS
 
     linear, chips = (import_module(f"llmkernels.backends.xla.tpu.{name}") for name in ("_linear", "_chips"))
-    like = chips.CHIPS["v5e" if unit == 128 else "v7x"]
-    chip = replace(chips.INTERPRETER, matrix=unit, longest=like.longest, features=like.features, runs=like.runs)
+    taken = {
+        name: getattr(chips.CHIPS[like], name) for name in ("matrix", "longest", "features", "runs", "byte_to", "fp8")
+    }
+    chip = replace(chips.INTERPRETER, **taken)
     monkeypatch.setattr(linear, "current", lambda: chip)
     features = "out" if "out" in sizes else "features"
-    case = Case("many rows", {"scheme": scheme, "bias": True, **sizes, features: sizes[features] + unit})
+    unique = sizes[features] + 128 * (1 + list(chips.CHIPS).index(like))
+    case = Case("a chip's", {"scheme": scheme, "bias": True, **sizes, features: unique})
     with emulated("xla"):
         result = testing.check(OPS[op].contract, "bfloat16", case, "xla")
     assert result.verdict == "passed", str(result)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import CACHE_AXES, emulated
@@ -34,6 +35,7 @@ class Chip:
         features: of a weight that are multiplied at once by few rows, without and with zero points.
         registers: vector registers, of 4 KiB each.
         longest: columns of a product of many rows that are summed at once: on v7x the matrix unit adds up its results.
+        byte_to: what one instruction makes of int8, and the matrix unit multiplies by bfloat16.
         runs: of such sums by a weight as it is stored, how many stand one after the other before registers spill.
     """
 
@@ -52,6 +54,7 @@ class Chip:
     features: tuple[int, int] = (512, 512)
     registers: int = 64
     longest: int = 512
+    byte_to: jnp.dtype | None = None
     runs: int = 8
 
     @property
@@ -84,9 +87,30 @@ CHIPS = {
         ),
         Chip("v5e", "TPU v5 lite", "v5e:1x1", 128, 128 * MIB, 0.82e12, 197e12),
         Chip("v5p", "TPU v5", "v5p:1x1x1", 128, 64 * MIB, 2.77e12, 459e12),
-        Chip("v6e", "TPU v6 lite", "v6e:1x1", 256, 128 * MIB, 1.64e12, 918e12, features=(512, 256), runs=1),
         Chip(
-            "v7x", "TPU7x", "tpu7x:1x1x1", 256, 64 * MIB, 3.7e12, 1150e12, fp8=True, features=(512, 256), longest=4096
+            "v6e",
+            "TPU v6 lite",
+            "v6e:1x1",
+            256,
+            128 * MIB,
+            1.64e12,
+            918e12,
+            features=(512, 256),
+            byte_to=jnp.dtype(jnp.bfloat16),
+            runs=1,
+        ),
+        Chip(
+            "v7x",
+            "TPU7x",
+            "tpu7x:1x1x1",
+            256,
+            64 * MIB,
+            3.7e12,
+            1150e12,
+            fp8=True,
+            features=(512, 256),
+            longest=4096,
+            byte_to=jnp.dtype(jnp.float8_e4m3fn),
         ),
     )
 }

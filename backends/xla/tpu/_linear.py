@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from .. import emulated
 from .._rounding import STORED, rounded, scaled
+from . import _nibbles
 from ._chips import current, interpreter
 from ._numbers import carried, multiplied_as
 from ._product import Kind, choose, product
@@ -54,12 +55,13 @@ def linear(
     if scheme is not None and weight.permutation is not None:  # stored column j belongs to feature permutation[j]
         x = jnp.take(x, weight.permutation, axis=1)
     values, scales, zeros = (weight, None, None) if scheme is None else parts(weight)
-    blocks = choose(chip, rows=x.shape[0], features=out, columns=columns, kind=kind, zeros=zeros is not None)
-    y = product(
-        x.astype(kind.dot), carried(values), scales, zeros, kind=kind, blocks=blocks, x_scales=x_scales,
-        row_scale=row_scale, bias=bias, out_dtype=multiplied_as(dtype),
-        interpret=interpreter() if emulated() else False,
-    )  # fmt: skip
+    blocks, few = _blocks(chip, kind, x.shape[0], out, zeros is not None)
+    options = {"row_scale": row_scale, "bias": bias, "out_dtype": multiplied_as(dtype)}
+    options |= {"kind": kind, "blocks": blocks, "interpret": interpreter() if emulated() else False}
+    if few:
+        y = _nibbles.product(x.astype(kind.dot), values, scales, **options)
+    else:
+        y = product(x.astype(kind.dot), carried(values), scales, zeros, x_scales=x_scales, **options)
     return y.astype(dtype).reshape(*lead, out), kept
 
 
@@ -109,6 +111,13 @@ def parts(weight):
     return weight.values, scales.astype(jnp.float32), zeros
 
 
+def _blocks(chip, kind, rows, features, zeros):
+    """(sizes of blocks, whether they are those of few rows of int4)."""
+    sizes = {"rows": rows, "features": features, "columns": kind.columns, "kind": kind}
+    few = _nibbles.takes(chip, kind, rows, zeros)
+    return _nibbles.choose(chip, **sizes) if few else choose(chip, **sizes, zeros=zeros), few
+
+
 def _activated_bias(z, activation):
     from ._product import activated
 
@@ -118,11 +127,8 @@ def _activated_bias(z, activation):
 def plan(x, weight, *, activation="none", **options):
     """What the cost model chose, in words, for `explain`."""
     chip, scheme = current(), getattr(weight, "scheme", None)
-    kind = kind_of(scheme, x.dtype, weight.shape[1], activation, chip)
+    kind = kind_of(scheme, x.dtype, max(1, weight.shape[1]), activation, chip)
     rows, features = max(1, prod(x.shape[:-1])), max(1, weight.shape[0] // kind.parts)
-    b = choose(
-        chip, rows=rows, features=features, columns=max(1, weight.shape[1]), kind=kind,
-        zeros=scheme is not None and not scheme.symmetric,
-    )  # fmt: skip
+    b, _ = _blocks(chip, kind, rows, features, scheme is not None and not scheme.symmetric)
     words = f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}"
     return f"{words}, {b.vmem >> 10} KiB of VMEM on {chip.name}"

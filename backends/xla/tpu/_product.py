@@ -353,19 +353,25 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     whole = m > FEW and not (kind.group and kind.apart) and chip.registers >= 64
     least = 2 * CHUNK if packed else CHUNK
     stacked = 0 < kind.group < CHUNK and not whole  # copies of x, and sums, for each group of a chunk
-    n = min(power(max(features, LANES)), (128 if stacked else 512) // kind.parts)
-    n = max(n, LANES)
     stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
-    k = min(power(max(columns, least)), 4096 if whole else 2048)
-
     tight = chip.registers < 64
+    bare = (
+        m <= EPILOGUE_ROWS and size == stored == 1 and not (kind.group or zeros or tight)
+    )  # few bundles a byte: larger blocks
+    n = min(power(max(features, LANES)), (128 if stacked else 1024 if bare else 512) // kind.parts)
+    n = max(n, LANES)
+    k = min(power(max(columns, least)), 4096 if whole or bare else 2048)
 
     def run(k):
         if whole:
             return min(k, chip.longest)
         if kind.group or packed:
             return CHUNK
-        return k if m <= FEW and not tight else min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
+        return (
+            min(k, max(2048, chip.longest))
+            if m <= FEW and not tight
+            else min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
+        )
 
     def vmem(k):
         weights = 2 * kind.parts * n * k * stored + n * (k if whole else run(k) * (2 if packed else 1)) * size

@@ -67,13 +67,13 @@ def _spread(kind, numbers, at):
         return numbers
     columns = 2 if kind.weight in PACKED else 1
     group = lax.broadcasted_iota(jnp.int32, numbers.shape, 1) * columns >> (kind.group.bit_length() - 1)
-    return _take(numbers, group + at * columns // kind.group)
+    return lane_taken(numbers, group + at * columns // kind.group)
 
 
 def in_stored_order(x, interpret):
     """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones."""
     rows, columns = x.shape
-    height, width = divisor(rows, 256, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
+    height, width = divisor(rows, 512, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
     spec = pl.BlockSpec((height, width), lambda i, j: (i, j))
     return pl.pallas_call(
         _part_lanes, grid=(rows // height, columns // width), in_specs=[spec], out_specs=spec,
@@ -84,7 +84,7 @@ def in_stored_order(x, interpret):
 
 def _part_lanes(x, y):
     """Whole words move, whatever numbers they hold."""
-    height = divisor(x.shape[0], 2 * tile_rows(x.dtype), tile_rows(x.dtype))
+    height = divisor(x.shape[0], 4 * tile_rows(x.dtype), tile_rows(x.dtype))
 
     @pl.loop(0, x.shape[0] // height)
     def _(i):
@@ -94,11 +94,11 @@ def _part_lanes(x, y):
             lane = lax.broadcasted_iota(jnp.int32, pair[0].shape, 1)
             left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
             for odd in range(2):
-                first, second = (_take(words, even + odd) for words in pair)
+                first, second = (lane_taken(words, even + odd) for words in pair)
                 y[own, pl.ds(at + odd * LANES, LANES)] = pltpu.bitcast(jnp.where(left, first, second), x.dtype)
 
 
-def _take(words, lane):
+def lane_taken(words, lane):
     """[rows LANES]: from which lane of its row each comes."""
     return jnp.take_along_axis(words, lane, axis=1, mode="promise_in_bounds")
 
@@ -106,10 +106,10 @@ def _take(words, lane):
 def _halves(w, at):
     """Low nibbles, then high ones, of 128 stored columns, in words of four rows."""
     words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32)
-    return words & _bytes(0x0F), lax.shift_right_logical(words, 4) & _bytes(0x0F)
+    return words & word_of(0x0F), lax.shift_right_logical(words, 4) & word_of(0x0F)
 
 
-def _bytes(byte):
+def word_of(byte):
     """The byte in each quarter of an int32."""
     return jnp.int32(int.from_bytes(bytes([byte] * 4), "little", signed=True))
 
@@ -120,7 +120,7 @@ def _centred(kind, nibbles, zeros, at):
 
 def _less_words(nibbles, taken):
     """In each byte a nibble less its zero point z: 128 - z more carries into no other byte, and flips the sign bit."""
-    return (nibbles + (_bytes(0x80) - (_bytes(0x08) if taken is None else taken))) ^ _bytes(0x80)
+    return (nibbles + (word_of(0x80) - (word_of(0x08) if taken is None else taken))) ^ word_of(0x80)
 
 
 def _e2m1(codes):
@@ -128,12 +128,12 @@ def _e2m1(codes):
 
     2 s - 4 for sizes s of 4 and 5 is s + (s & 3); 6 and 7 want that too, and 7 two more.
     """
-    size, fours = codes & _bytes(0x07), codes & _bytes(0x04)
-    seven = (size & lax.shift_right_logical(size, 1) & lax.shift_right_logical(size, 2)) & _bytes(0x01)
+    size, fours = codes & word_of(0x07), codes & word_of(0x04)
+    seven = (size & lax.shift_right_logical(size, 1) & lax.shift_right_logical(size, 2)) & word_of(0x01)
     twice = size + (size & (fours - lax.shift_right_logical(fours, 2))) + (seven << 1)
-    sign = codes & _bytes(0x08)
+    sign = codes & word_of(0x08)
     negative = (sign << 1) - lax.shift_right_logical(sign, 3)  # 15 where it is
-    return ((twice | _bytes(0x80)) - ((twice & negative) << 1)) ^ _bytes(0x80)
+    return ((twice | word_of(0x80)) - ((twice & negative) << 1)) ^ word_of(0x80)
 
 
 def _inside(chunk, at, step, width, stored):

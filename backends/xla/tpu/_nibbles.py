@@ -1,0 +1,287 @@
+"""Few rows by int4 weights without zero points, where unpacking bounds a core: a weight is multiplied only once.
+
+A byte of the weight holds two neighbouring columns, so 128 bytes of a feature are its even columns of 256, then its odd
+ones.  A first kernel puts x into that order, once.  What a nibble n = 0 .. 15 becomes, by the chip:
+
+    16 + n in bfloat16, as bits: the nibble shifted to the top of the mantissa of 16.  Of the four features in a 32-bit
+        word, the first and third come together, then the second and fourth: features lie as even ones, odd ones of 128.
+    n in `Chip.byte_to`, by the one instruction which has it from bytes: bfloat16 on v6e, e4m3 on v7x, whose matrix unit
+        multiplies bfloat16 by e4m3.  A high nibble stays in its place, 16 n, and x there is divided by 16: both exact.
+
+The weight is n - 8, so the sums are less those of x by what stands for 8.  They go through the same matrix unit in the
+same order: of a feature whose weights are all 0 the two are equal.  The groups of 256 columns meet it at once: x is
+stacked, one copy for each group, zero in the others' columns.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ._numbers import LANES, multiply
+from ._product import FEW, activated
+from ._stored import lane_taken, word_of
+from ._tiles import divisor, power
+
+PAIR = 2 * LANES  # columns in 128 bytes
+KEPT = 8  # rows whose sums stay in registers through a block
+TALLEST = 128  # rows of stacked x
+EIGHT, SIXTEEN = 8.0, 16.0
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of one grid step.
+
+    Args:
+        m: rows, all of them.
+        n, k: features and columns of a block.
+        width: features that are multiplied at once.
+        pieces: of those, how many stand one after the other in the program: between them its bundles fill.
+        stack: copies of x, one for each group of PAIR columns.
+        byte_to: what bytes become; None where nibbles are put into bfloat16 as bits.
+        vmem: bytes that the cost model expects.
+    """
+
+    m: int
+    n: int
+    k: int
+    width: int
+    pieces: int
+    stack: int
+    byte_to: jnp.dtype | None
+    vmem: int
+    vmem_limit: int
+
+    @property
+    def zeros(self):
+        """What the weight 0 is multiplied as, in even and odd columns."""
+        return (EIGHT + SIXTEEN,) * 2 if self.byte_to is None else (EIGHT, SIXTEEN * EIGHT)
+
+
+def takes(chip, kind, rows, zeros):
+    """Whether this kernel has the call."""
+    suits = kind.weight == "int4" and kind.dot == jnp.bfloat16 and not kind.apart and not zeros
+    return suits and rows <= FEW and _stack_of(kind) * rows <= TALLEST and chip.registers >= 64
+
+
+def choose(chip, *, rows, features, columns, kind):
+    """Large blocks: each begins and ends with bundles that wait.  All columns, where they fit, and then features."""
+    m = -(-rows // 8) * 8
+    stack = _stack_of(kind)
+    width = PAIR if m <= KEPT and chip.fp8 else LANES
+    pieces = 1 if m > KEPT or (chip.fp8 and not kind.group) else 4 // kind.parts
+    n = max(LANES, min(power(features), 1024 // kind.parts))
+    width = min(width, n)
+    k = min(power(max(columns, PAIR)), 4096)
+
+    def vmem(k):
+        x = stack * m * (2 * k + 4 * k // 2)
+        return 2 * (x + kind.parts * n * (k // 2 + 8 * max(1, k // (kind.group or k)))) + (4 * kind.parts + 4) * m * n
+
+    while k > 8 * PAIR and vmem(k) > chip.vmem_limit * 2 // 3:
+        k //= 2
+    return Blocks(m, n, k, width, min(pieces, n // width), stack, chip.byte_to, vmem(k), chip.vmem_limit)
+
+
+def _stack_of(kind):
+    return PAIR // kind.group if kind.group else 1
+
+
+def product(x, values, scales, *, kind, blocks, row_scale=None, bias=None, out_dtype, interpret=False):
+    """y [M N] in out_dtype; of a gated weight [M N / 2].
+
+    Args:
+        x: bfloat16 [M K].
+        values: uint8 [N K / 2].
+        scales: float32 [N groups]; [N 1] where a scale serves a row.
+        row_scale: float32 [M], what a row of the sum is multiplied by.
+    """
+    rows, features = x.shape[0], values.shape[0] // kind.parts
+    m, n, k, stack = blocks.m, blocks.n, blocks.k, blocks.stack
+    steps = -(-kind.columns // k)
+    x = jnp.pad(x, ((0, m - rows), (0, steps * k - x.shape[1])))
+    tall = pl.BlockSpec((stack * m, k), lambda i: (0, i))
+    offsets = k // 2 if kind.group else LANES  # columns of a step
+    x, less = pl.pallas_call(
+        functools.partial(_stack, kind, blocks),
+        grid=(steps,),
+        in_specs=[pl.BlockSpec((m, k), lambda i: (0, i))],
+        out_specs=[tall, pl.BlockSpec((stack * m, offsets), lambda i: (0, i))],
+        out_shape=[
+            jax.ShapeDtypeStruct((stack * m, steps * k), x.dtype),
+            jax.ShapeDtypeStruct((stack * m, steps * offsets), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=blocks.vmem_limit),
+        name="stacked_rows",
+        interpret=interpret,
+    )(x)
+    per_step = k // kind.group if kind.group else 1
+    groups = per_step * steps if kind.group else 1
+    scales = jnp.pad(scales.T, ((0, groups - scales.shape[1]), (0, 0))).reshape(groups, kind.parts, features)
+    operands = [x, less, values.reshape(kind.parts, features, -1), jnp.swapaxes(scales, 0, 1)]
+    specs = [
+        pl.BlockSpec((stack * m, k), lambda j, s: (0, s)),
+        pl.BlockSpec((stack * m, offsets), lambda j, s: (0, s)),
+        pl.BlockSpec((kind.parts, n, k // 2), lambda j, s: (0, j, s)),
+        pl.BlockSpec((kind.parts, per_step, n), lambda j, s: (0, s if kind.group else 0, j)),
+    ]
+    if row_scale is not None:
+        operands.append(jnp.pad(row_scale.reshape(rows, 1), ((0, m - rows), (0, 0))))
+        specs.append(pl.BlockSpec((m, 1), lambda j, s: (0, 0)))
+    if bias is not None:
+        operands.append(bias.astype(jnp.float32).reshape(kind.parts, features))
+        specs.append(pl.BlockSpec((kind.parts, n), lambda j, s: (0, j)))
+    ordered = [pltpu.VMEM((kind.parts, n // LANES, per_step, LANES), jnp.float32)] if kind.group else []
+    y = pl.pallas_call(
+        functools.partial(_kernel, kind, blocks, (row_scale is not None, bias is not None), steps),
+        grid=(-(-features // n), steps),
+        in_specs=specs,
+        out_specs=pl.BlockSpec((m, n), lambda j, s: (0, j)),
+        out_shape=jax.ShapeDtypeStruct((m, features), out_dtype),
+        scratch_shapes=[pltpu.VMEM((kind.parts, m, n), jnp.float32), *ordered],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
+        ),
+        name="product_nibbles",
+        interpret=interpret,
+    )(*operands)
+    return y[:rows]
+
+
+def _stack(kind, blocks, x, tall, less):
+    """x [m k] as tall [stack m, k], and less [stack m, 128 of each PAIR]: what the sums of those columns are less by.
+
+    Where all columns share a scale, less [m 128] is of all columns.
+    """
+    shape = (blocks.m, LANES)
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
+    group = even + PAIR // 2 * (lane >> 6) >> kind.group.bit_length() - 1 if kind.group else lane * 0
+    zero = jnp.concatenate([jnp.full((LANES, LANES), z, x.dtype) for z in blocks.zeros], 1)
+
+    def pair(i):
+        columns = pl.multiple_of(i * PAIR, PAIR)
+        halves = [x[:, pl.ds(columns + at, LANES)].astype(jnp.float32) for at in (0, LANES)]
+        ordered = []
+        for odd in range(2):
+            first, second = (lane_taken(half, even + odd) for half in halves)
+            one = jnp.where(left, first, second)
+            one = one / SIXTEEN if odd and blocks.byte_to is not None else one
+            copies = [one if blocks.stack == 1 else jnp.where(group == g, one, 0.0) for g in range(blocks.stack)]
+            ordered.append(jnp.concatenate(copies, 0).astype(x.dtype))
+        both = jnp.concatenate(ordered, 1)
+        tall[:, pl.ds(columns, PAIR)] = both
+        if kind.group:
+            less[:, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)] = multiply(both, zero, transposed=True)
+
+    pairs = x.shape[1] // PAIR
+    together = divisor(pairs, max(1, TALLEST // (blocks.stack * blocks.m)), 1)
+
+    @pl.loop(0, pairs // together)
+    def _(i):
+        for at in range(together):
+            pair(i * together + at)
+
+    if not kind.group:
+        less[...] = multiply(tall[...], jnp.concatenate([zero] * pairs, 1), transposed=True)
+
+
+def _kernel(kind, blocks, there, steps, x, less, w, scales, *refs):
+    """One block.  x [stack m, BK], less [stack m, BK / 2], w [parts BN BK / 2], scales [parts groups BN] ..."""
+    held = list(refs)
+    row_scale, bias = (held.pop(0) if given else None for given in there)
+    y, acc, *ordered = held
+    step, width, m, n = pl.program_id(1), blocks.width, blocks.m, blocks.n
+    columns = x.shape[1]
+    run = PAIR if kind.group else columns
+    bits = blocks.byte_to is None
+
+    @pl.when(step == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    for part in range(kind.parts if kind.group else 0):  # a row of 128 lanes is loaded into all sublanes at once
+        for f in range(n // LANES):
+            own = scales[part, :, f * LANES : (f + 1) * LANES]
+            ordered[0][part, f] = _parted(own) if bits else own
+
+    def spread(part, own, group):
+        """The scales of a group [1 width], in the order of the sums."""
+        first = own.start // LANES if isinstance(own.start, int) else lax.div(own.start, LANES)
+        return jnp.concatenate([ordered[0][part, first + i, pl.ds(group, 1)] for i in range(width // LANES)], 1)
+
+    def multiply_piece(part, own):
+        total = None
+        for at in range(0, columns, run):
+            factor = [_factor(w[part, own, pl.ds(i // 2, LANES)], blocks.byte_to) for i in range(at, at + run, PAIR)]
+            sums = multiply(x[:, pl.ds(at, run)], jnp.concatenate(factor, 1), transposed=True)
+            sums -= jnp.concatenate([less[:, pl.ds(at // 2, LANES)]] * (width // LANES), 1)
+            if kind.group:
+                taken = (
+                    sums[i * m : (i + 1) * m] * spread(part, own, at // kind.group + i) for i in range(blocks.stack)
+                )
+                sums = functools.reduce(jnp.add, taken)
+            if m > KEPT:
+                acc[part, :, own] += sums
+            else:
+                total = sums if total is None else total + sums
+        if m <= KEPT:
+            acc[part, :, own] += total
+
+    def multiply_pieces(i):
+        for piece in range(blocks.pieces):
+            for part in range(kind.parts):
+                begin = (i * blocks.pieces + piece) * width
+                multiply_piece(part, pl.ds(begin if isinstance(begin, int) else pl.multiple_of(begin, width), width))
+
+    turns = n // width // blocks.pieces
+    if turns == 1:
+        multiply_pieces(0)
+    else:
+        pl.loop(0, turns)(multiply_pieces)
+
+    @pl.when(step == steps - 1)
+    def _():
+        for f in range(n // LANES):
+            own = pl.ds(f * LANES, LANES)
+            z = []
+            for part in range(kind.parts):
+                value = _joined(acc[part, :, own]) if bits else acc[part, :, own]
+                value = value if kind.group else value * scales[part, :, own]
+                value = value if row_scale is None else value * row_scale[...]
+                z.append(value if bias is None else value + bias[part, own][None, :])
+            y[:, own] = activated(z, kind.activation).astype(y.dtype)
+
+
+def _factor(stored, byte_to):
+    """Bytes [features LANES] as what is multiplied, [features PAIR]: even columns, odd columns."""
+    words = pltpu.bitcast(stored, jnp.int32)
+    if byte_to is not None:
+        halves = (words & word_of(0x0F), words & word_of(0xF0))  # the high ones 16 times: x there is less by 16
+        return jnp.concatenate([pltpu.bitcast(half, jnp.uint8).astype(byte_to) for half in halves], 1)
+
+    def taken(shifted):
+        return pltpu.bitcast((shifted & jnp.int32(0x00780078)) | jnp.int32(0x41804180), jnp.bfloat16)
+
+    low = taken(words << 3), taken(lax.shift_right_logical(words, 5))
+    high = taken(lax.shift_right_logical(words, 1)), taken(lax.shift_right_logical(words, 9))
+    parted = [jnp.concatenate(pair, 1) for pair in zip(low, high, strict=True)]  # even features, odd features
+    half = LANES // 2
+    return jnp.concatenate([p[at : at + half] for at in range(0, parted[0].shape[0], half) for p in parted], 0)
+
+
+def _parted(row):
+    """[rows LANES] with the even lanes first, then the odd ones."""
+    lane = lax.broadcasted_iota(jnp.int32, row.shape, 1)
+    return lane_taken(row, (lane & (LANES // 2 - 1)) * 2 + (lane >> 6))
+
+
+def _joined(row):
+    """What _parted parted."""
+    lane = lax.broadcasted_iota(jnp.int32, row.shape, 1)
+    return lane_taken(row, (lane & 1) * (LANES // 2) + (lane >> 1))
