@@ -35,7 +35,7 @@ def tiles(rows, features, columns, kind, dot, group, y, chip):
     block_m, block_n, block_k, band, warps, stages = shape
     count = blocks(rows, block_m) * blocks(features, block_n)
     described = chip.hopper and rows >= LARGE_ROWS and dot != torch.float32  # float32 waits for its multiply-adds
-    flat = not group and (block_n == 256 or count > chip.processors)
+    flat = not group and block_m * block_n >= 128 * 128 and (block_n == 256 or count > chip.processors)
     if INTERPRETED:
         described = flat = rows > 32
     return {
