@@ -115,3 +115,19 @@ def test_pages_are_copied_all_layers_one_after_the_other(dtype):
     for number, held in enumerate((cache.k, cache.v)):
         expected = torch.tensor([0, 0, 1, 0]) + 10 * number
         assert torch.equal(held.float(), expected.view(1, 4, 1, 1, 1).expand(held.shape).float())
+
+
+def test_a_step_that_was_interrupted_leaves_no_page_half_copied(cold, monkeypatch):
+    warm = llm(page_size=8)
+    tokens = warm.encode(SYSTEM)[:20]
+    warm.generate([tokens], wish(max_tokens=1))
+    prompts = [[*tokens, 5], [*tokens[:18], 6, 7]]  # both go on within the third page
+    outputs = [warm.add(prompt, wish())[0] for prompt in prompts]
+    monkeypatch.setattr(KVCache, "copy", lambda self, pairs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        warm.step()
+    monkeypatch.undo()
+    while warm.step():
+        pass
+    assert [o.tokens for o in outputs] == [o.tokens for o in cold.generate(prompts, wish())]
+    warm.check()

@@ -225,7 +225,11 @@ class LLM:
         chunks = self._scheduler.schedule()
         if not chunks:
             return False
-        choices = self._runner.run(chunks)
+        try:
+            choices = self._runner.run(chunks)
+        except BaseException:  # Ctrl-C as well: others may go on
+            self._scheduler.take_back(chunks)
+            raise
         ends: list[Output] = [chunk.sequence.payload for chunk in chunks if chunk.samples]
         for output in ends:
             if output.guide and output.guide.failed:

@@ -148,6 +148,12 @@ class Scheduler:
         elif len(sequence.tokens) >= sequence.limit:
             self._finish(sequence, "length")
 
+    def take_back(self, chunks: list[Chunk]) -> None:
+        """These chunks may not have run: who was to go on in a page that was to be copied computes all of it instead."""
+        for chunk in chunks:
+            if chunk.copy:
+                chunk.sequence.computed = chunk.sequence.settled
+
     def fork(self, sequence: Sequence, length: int, token: int) -> Sequence:
         """A sequence that goes on with `token` behind this one's first `length` tokens, and shares their pages.
 
