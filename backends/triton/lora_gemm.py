@@ -116,8 +116,8 @@ def _expand(
 ):  # fmt: skip
     """hidden float32 [SPLIT, rows, rank], b [count, outputs, rank] -> y [rows, outputs], in place.
 
-    hidden is not rounded before its product with b, which is therefore one of float32; rank is small.  (By tf32x3, three
-    products of TF32, 16 rows of 8 adapters took an H100 10.0 us, and 7.9 so.)
+    hidden is not rounded before its product with b, which is therefore one of float32; rank is small.  (By three
+    products of TF32 instead, 16 rows of 8 adapters took an H100 10.0 us, and 7.9 so.)
     """
     after_previous(CHAINED)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

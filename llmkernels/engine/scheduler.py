@@ -149,7 +149,7 @@ class Scheduler:
             self._finish(sequence, "length")
 
     def take_back(self, chunks: list[Chunk]) -> None:
-        """These chunks may not have run: who was to go on in a page that was to be copied computes all of it instead."""
+        """These chunks may not have run: who was to go on behind a copy within a page computes all of that page."""
         for chunk in chunks:
             if chunk.copy:
                 chunk.sequence.computed = chunk.sequence.settled
