@@ -124,7 +124,8 @@ def _many(rows, features, dot, group, y, chip):
         return 64, 128, 128, 8, 4, 4
     if group:  # scales within the loop, and a second set of sums, take registers
         return 128, 128, 128, 8, 8, 4 if eight_bits else 3
-    large = 128, 256, 128 if eight_bits else 64, 16 if eight_bits else 8, 8, 3 if y.itemsize == 4 else 4
+    larger = y.itemsize == 4 or (eight_bits and chip.arch.startswith("sm_10"))  # what lies beside the stages
+    large = 128, 256, 128 if eight_bits else 64, 16 if eight_bits else 8, 8, 3 if larger else 4
     middle = 128, 128, *large[2:4], 4, 5 if eight_bits else 6
     small = 64, 128, *large[2:4], 4, 4
     rates = {large: 1.0, middle: 0.95, small: 0.97 if dot == torch.int8 else 0.45}  # as measured where all are busy
