@@ -92,7 +92,7 @@ for what in ${@:-$steps}; do
             for op in ${OPS:-all}; do
                 only=() part=$file
                 if [ "$op" != all ]; then only=(--op "$op") part=${file%.json}-$op.json; fi
-                LLMKERNELS_TUNED=$table step "$what" "$python" -m llmkernels bench --peers --device "$device" \
+                LLMKERNELS_TUNED=$table step "$what" "$python" -m llmkernels bench --backend triton --peers --device "$device" \
                     "${only[@]}" --case "${CASE:-}" --json "$part" --plot "${part%.json}.png"
             done ;;
         tune)

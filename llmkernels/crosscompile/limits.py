@@ -99,11 +99,12 @@ def key(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 
 def timed(product: str) -> dict[tuple[str, str], float]:
-    """Seconds that calls took on a product, by op and case, where that was recorded."""
+    """Seconds that Triton's calls took on a product, by op and case, where that was recorded."""
     file = results.place(RAN[product]) if product in RAN else None
     if not file or not file.exists():
         return {}
-    return {(one["op"], one["case"]): one["seconds"] for one in results.read(file)["rows"]}
+    rows = [one for one in results.read(file)["rows"] if one["backend"] == "triton"]
+    return {(one["op"], one["case"]): one["seconds"] for one in rows}
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
