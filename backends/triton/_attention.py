@@ -23,9 +23,7 @@ from ._ptx import after_previous
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-RAISE = tl.constexpr(
-    15
-)  # weights, 1 at most, are stored as float16 2^15 times as large: then none is lost as too small
+RAISE = tl.constexpr(15)  # float16 holds weights, 1 at most, 2^15 times as large: none is lost as too small
 
 
 @triton.jit
