@@ -43,6 +43,7 @@ KEYWORDS: list[tuple[Any, str | None]] = [
     ({"type": ["object", "array"], "properties": {"a": INTEGER}, "items": INTEGER, "maxItems": 2}, None),
     ({"type": "text"}, "type is 'text'"),
     ({"type": []}, "type is []"),
+    ({"type": [["string"]]}, "type is [['string']]"),
     # enum, const
     ({"enum": ["red", "green", "blue"]}, None),
     ({"enum": [1, 2.5, "x", None, True, [1, 2], {"a": 1}]}, None),

@@ -151,7 +151,7 @@ class _Speller:
             if not kinds:
                 return {}
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, list) or not kinds or not all(kind in KINDS for kind in kinds):
+        if not isinstance(kinds, list) or not kinds or not all(kind in [*KINDS] for kind in kinds):
             raise ValueError(f"json_schema{at}.type is {schema['type']!r:.80}; give one or some of {', '.join(KINDS)}")
         each = []
         for kind in dict.fromkeys(kinds):
