@@ -309,6 +309,18 @@ def test_a_head_without_end_is_cut_off(url, head):
             pytest.fail("a megabyte was taken")
 
 
+def test_what_is_no_http_is_refused_in_openais_shape_whatever_was_asked_before_it(url):
+    host, port = url.removeprefix("http://").split(":")
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    asked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    for before in (b"", asked, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(before + b"\x00\xff no HTTP\r\n\r\n")
+            got = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert got.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
 def test_a_failing_step_is_told_to_everybody_and_to_health(direct, monkeypatch):
     lost = threading.Event()
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
