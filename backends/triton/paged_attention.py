@@ -148,7 +148,7 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
             block_n = 32
         stages = 3 if cached > 1 else 5 if chip.hopper else 4
         if keys <= 1024:  # few passes: smaller ones begin sooner
-            block_n, stages = min(block_n, 64), 3 if block_m > 16 and wide <= 128 else 2
+            block_n, stages = min(block_n, 64), 3 if block_m > 16 and 64 < wide <= 128 else 2  # two spill
         warps = 2 if light and block_n == 64 else 4  # who shares a pass waits for the others
         edge = min(block_n, 32) if block_m > 16 else block_n  # masks of 32 rows take registers
         return {"BLOCK_M": block_m, "BLOCK_N": block_n, "EDGE": edge, "num_warps": warps, "num_stages": stages}
