@@ -80,7 +80,8 @@ def measure(model: str, kind: dict, sequences: int, backend: str) -> list[dict]:
 
 def decode(model: str, kind: dict, sequences: int) -> tuple[dict, list[list[int]]]:
     """(tokens a second of decoding, and of everything, of all sequences together; steps), and what was written."""
-    llm = LLM(checkpoint(model), tokenizer=False, device="cuda", max_length=512, prefix_reuse=False, **kind)
+    told = {"max_length": 512, "prefix_reuse": False, "max_batch_tokens": sequences * PROMPT}
+    llm = LLM(checkpoint(model), tokenizer=False, device="cuda", **told, **kind)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, llm.config.vocab, (sequences, PROMPT), generator=generator).tolist()
 

@@ -186,11 +186,11 @@ def memory(count: int) -> dict[str, Any]:
     reserved = held = contiguous = steps = most = worst = 0
     while llm.step():
         stats = llm.stats()
-        running = [request for request in llm.snapshot()["requests"] if request["state"] == "runs"]
+        running = llm.scheduler.running
         if not running:
             continue
         # a prompt has pages for all of its tokens while its chunks run; who decodes has none yet for its last token
-        tokens = [(request["prompt"] + request["written"], request["computed"]) for request in running]
+        tokens = [(len(sequence.tokens), sequence.computed) for sequence in running]
         now = sum(total if computed < total - 1 else computed for total, computed in tokens)
         unused = stats["pages_used"] * size - now
         steps, most = steps + 1, max(most, len(running))

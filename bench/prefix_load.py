@@ -1,13 +1,14 @@
 """What prefix reuse is worth in an engine that is busy: many chats, many clients behind one system prompt.
 
-    python bench/prefix_load.py --quick      few turns and requests; prints, and writes nothing
-    python bench/prefix_load.py --json FILE  default: bench/results/<device>-prefix-load.json
+    python bench/prefix_load.py --quick          few turns and requests; prints, and writes nothing
+    python bench/prefix_load.py --json FILE      default: bench/results/<device>-prefix-load.json
+    python bench/prefix_load.py --workload NAME  one of them, beside what FILE knows of the others
 
 The same requests go to an engine with reuse and to one without, while BESIDE others decode in each of them:
 
-    at once    CLIENTS prompts arrive in the same moment, and the next CLIENTS when these are answered.
-    at random  prompts arrive one by one at random (exponential gaps), as often as keeps an engine without reuse busy
-               half of the time.  The times are the same for both.
+    at once       CLIENTS prompts arrive in the same moment, and the next CLIENTS when these are answered.
+    at random, X  prompts arrive one by one at random (exponential gaps), so often that reading them would keep the
+                  engine without reuse busy a share X of the time.  They arrive at the same times in both.
 
 The time to the first token counts from the arrival, so what waits for others is in it.  Nothing is cached when a
 workload begins, and its first prompts are counted too.  Every page of the cache has been written before, as in a server
@@ -36,6 +37,8 @@ from llmkernels.engine.output import Output
 
 CLIENTS, TURNS, WAVES = 16, 20, 8
 BESIDE = 4  # sequences that decode all the time
+LOADS = (0.5, 0.8)  # how busy the engine without reuse is with prompts that arrive at random
+WORKLOADS = ("chats", "shared_prompt", "long_prompt")
 CHAT_ANSWER, ANSWER = 24, 8  # tokens of an answer in a chat, and to a question behind a system prompt
 
 
@@ -116,23 +119,24 @@ def behind(owner: str, system: str, waves: int) -> list[list[Request]]:
 
 
 def measure(on: LLM, off: LLM, waves: list[list[Request]], answer: int) -> dict[str, Any]:
-    """Both ways of arriving, with and without reuse."""
+    """Every way of arriving, with and without reuse."""
     engines = {"off": Busy(off, answer), "on": Busy(on, answer)}
     for busy in engines.values():  # the warm-up
         for wave in waves[:3]:
             busy.serve(wave, [0.0] * len(wave), "warm-up")
     once = {name: [busy.serve(wave, [0.0] * len(wave), "once") for wave in waves] for name, busy in engines.items()}
     requests = [request for wave in waves for request in wave]
-    gap = 2 * sum(max(seconds for seconds, *_ in rows) for rows in once["off"]) / len(requests)
-    draw = random.Random(0)
-    arrivals = [*accumulate(draw.expovariate(1 / gap) for _ in requests)]
-    spread = {name: busy.serve(requests, arrivals, "random") for name, busy in engines.items()}
+    each = sum(max(seconds for seconds, *_ in rows) for rows in once["off"]) / len(requests)
+    report = {"at_once": compared(*([*chain(*once[name])] for name in ("off", "on")))}
+    for load in LOADS:
+        draw = random.Random(0)
+        arrivals = [*accumulate(draw.expovariate(load / each) for _ in requests)]
+        spread = {name: busy.serve(requests, arrivals, f"random {load}") for name, busy in engines.items()}
+        gap = {"gap_ms": round(1e3 * each / load, 2)}
+        report[f"at_random_{load:.0%}"] = gap | compared(spread["off"], spread["on"])
     for busy in engines.values():
         busy.clear()
-    return {
-        "at_once": compared(*([*chain(*once[name])] for name in ("off", "on"))),
-        "at_random": {"gap_ms": round(1e3 * gap, 2)} | compared(spread["off"], spread["on"]),
-    }
+    return report
 
 
 def compared(off: list[tuple[float, int, int]], on: list[tuple[float, int, int]]) -> dict[str, Any]:
@@ -161,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few turns and requests; nothing is written unless asked")
     parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--workload", choices=WORKLOADS, help="only this one")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -170,20 +175,28 @@ def main() -> None:
     turns, waves = (4, 1) if options.quick else (TURNS, WAVES)
     report: dict[str, Any] = {
         "device": device,
-        "command": "python bench/prefix_load.py",
+        "command": "python bench/prefix_load.py, whole or by --workload",
         "versions": status.versions(),
         "threads": options.threads,
+        "clients": CLIENTS,
+        "beside": BESIDE,
     }
-    report |= {"clients": CLIENTS, "beside": BESIDE}
+    if options.workload and options.json and options.json.exists():
+        known = json.loads(options.json.read_text())
+        report |= {name: known[name] for name in WORKLOADS if name in known}
+    wanted = [options.workload] if options.workload else WORKLOADS
     with llmkernels.use(policy="silent"):
         on, off = (LLM(device="cpu", prefix_reuse=kept) for kept in (True, False))
         for llm in (on, off):
             cache = llm.forwards[0].cache
             cache.k.zero_(), cache.v.zero_()
-        report["chats"] = measure(on, off, chats(off, turns), CHAT_ANSWER)
-        for name, system in (("shared_prompt", SYSTEM), ("long_prompt", LONG)):
-            report[name] = measure(on, off, behind(name, system, waves), ANSWER)
-    for name in ("chats", "shared_prompt", "long_prompt"):
+        for name in wanted:
+            if name == "chats":
+                report[name] = measure(on, off, chats(off, turns), CHAT_ANSWER)
+            else:
+                system = {"shared_prompt": SYSTEM, "long_prompt": LONG}[name]
+                report[name] = measure(on, off, behind(name, system, waves), ANSWER)
+    for name in wanted:
         for way, row in report[name].items():
             saved = ", ".join(
                 f"{key} {row['off_ms'][key]:.1f} -> {row['on_ms'][key]:.1f} ms, {share:.1%} less"

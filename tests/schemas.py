@@ -43,6 +43,11 @@ KEYWORDS: list[tuple[Any, str | None]] = [
     ({"type": ["object", "array"], "properties": {"a": INTEGER}, "items": INTEGER, "maxItems": 2}, None),
     ({"type": "text"}, "type is 'text'"),
     ({"type": []}, "type is []"),
+    ({"type": [["string"]]}, "type is [['string']]"),
+    ({"type": "array", "prefixItems": 0, "items": False}, "prefixItems is 0"),
+    ({"type": "object", "propertyNames": {"pattern": {}}}, "propertyNames"),
+    ({"allOf": [{"properties": "a"}, {"properties": {"a": INTEGER}}]}, "properties is 'a'"),
+    ({"oneOf": [{"required": [["a"]]}, {"type": "object", "required": ["b"]}]}, "required is [['a']]"),
     # enum, const
     ({"enum": ["red", "green", "blue"]}, None),
     ({"enum": [1, 2.5, "x", None, True, [1, 2], {"a": 1}]}, None),

@@ -65,6 +65,12 @@ def test_ids_are_those_of_the_whole_text(kind, seed):
         assert encoder.encode(texts[-1]) == plain.encode(texts[-1]).ids
 
 
+def test_a_text_that_begins_with_a_block_without_a_cut_keeps_the_tokens_before_it():
+    encoder, plain = Encoder(tokenizer()), tokenizer()
+    for text in ("0" * BLOCK + " one", "0" * BLOCK + " two words", "0" * 3 * BLOCK, "0" * 3 * BLOCK + " more"):
+        assert encoder.encode(text) == encoder.encode(text) == plain.encode(text).ids
+
+
 def test_what_is_known_is_not_encoded_again():
     class Watched:
         def __init__(self):

@@ -15,6 +15,7 @@ from schemas import SCHEMAS
 import llmkernels
 from llmkernels.engine import LLM, SamplingParams, Structure
 from llmkernels.structured import masks
+from llmkernels.structured.grammar import Grammars
 from llmkernels.structured.masks import Guide, Masks
 from llmkernels.structured.utf8 import START, after
 
@@ -264,6 +265,15 @@ def test_what_takes_too_long_to_compile_is_refused_and_the_next_one_is_not(llm):
         answers(llm, structure=Structure(ebnf="root ::= " + '"a"? ' * 8000))
     assert time.monotonic() - started < 20
     assert answers(llm, structure=Structure(regex="ab"))[0].text == "ab"
+
+
+def test_the_process_that_compiles_ends_with_its_engine(llm):
+    grammars = Grammars(llm.tokenizer, llm.config.vocab, frozenset({0}))
+    grammars.compiled(Structure(choice=["a"]))
+    compiler = grammars._process
+    assert compiler.poll() is None
+    del grammars
+    assert compiler.poll() is not None
 
 
 @pytest.mark.parametrize(

@@ -256,8 +256,10 @@ def test_grammars(way, plain, made):
     schema = {"type": "array", "items": {"enum": ["read", "write", "reader"]}, "minItems": 4, "maxItems": 9}
     llm = made(way)
     before = llm.stats()["accepted_tokens"]
-    for structure in (Structure(json_schema=schema), Structure(regex="(ab|ac){6,40}")):
-        wishes = [wish(max_tokens=60, structure=structure, ignore_eos=False, **more) for more in ({}, SAMPLED)]
+    letter = {plain.encode("s")[-1]: 50}  # the grammar forces "system", of which the model would write this one first
+    forced = Structure(regex="([0-9]system call){3,5}")
+    for structure, more in ((Structure(json_schema=schema), {}), (forced, {"logit_bias": letter})):
+        wishes = [wish(max_tokens=60, structure=structure, ignore_eos=False, **more, **how) for how in ({}, SAMPLED)]
         prompts = PROMPTS[:2]
         want, got = ([o for w in wishes for o in engine.generate(prompts, w)] for engine in (plain, llm))
         assert tokens(got) == tokens(want)

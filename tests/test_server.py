@@ -283,9 +283,11 @@ def test_half_a_surrogate_pair_is_no_text(http, path):
 
 
 def test_bodies_that_are_no_requests(http):
-    for content, status in ((b"{", 400), (b"\xff", 400), (b"[1]", 400), (b"x" * (MOST_BYTES + 1), 413)):
+    halves = b'{"prompt": "\xed\xa0\xbd\xed\xb8\x80"}'  # a surrogate pair, each half as three bytes
+    utf16 = '{"prompt": "a"}'.encode("utf-16-le")
+    for content in (b"{", b"\xff", b"[1]", halves, utf16, b"x" * (MOST_BYTES + 1)):
         answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
-        assert answer.status_code == status
+        assert answer.status_code == (413 if len(content) > MOST_BYTES else 400)
         assert "error" in answer.json()
     assert http.get("/v1/completions").status_code == 405
     assert "error" in http.get("/nowhere").json()
@@ -305,6 +307,18 @@ def test_a_head_without_end_is_cut_off(url, head):
                 connection.sendall(b"a" * 10_000)
                 time.sleep(0.001)
             pytest.fail("a megabyte was taken")
+
+
+def test_what_is_no_http_is_refused_in_openais_shape_whatever_was_asked_before_it(url):
+    host, port = url.removeprefix("http://").split(":")
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    asked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    for before in (b"", asked, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(before + b"\x00\xff no HTTP\r\n\r\n")
+            got = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert got.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
 def test_a_failing_step_is_told_to_everybody_and_to_health(direct, monkeypatch):

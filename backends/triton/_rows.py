@@ -58,7 +58,8 @@ def prepared(
         x, residual, gain, shift, scale, permutation,
         y.view(torch.uint8) if dtype == torch.float8_e4m3fn and not native else y, keep, scales,
         rows * groups, width, groups, *x.stride(), *((0, 0) if residual is None else residual.stride()), eps,
-        NORM=norm, GROUP=group, ROUNDING=rounding or "none", ONE=tiles["BLOCK"] >= wide, **tiles,
+        NORM=norm, GROUP=group, ROUNDING=rounding or "none", ONE=tiles["BLOCK"] >= wide,
+        WHOLE=wide > 0 and width % wide == wide % tiles["BLOCK"] == 0, **tiles,
     )  # fmt: skip
     return y, scales
 
@@ -80,7 +81,7 @@ def _tiles(rows, width):
 def _prepare(
     x, residual, gain, shift, scale, permutation, y, kept, scales,
     rows, width, groups, x_row, x_column, residual_row, residual_column, eps,
-    NORM: tl.constexpr, GROUP: tl.constexpr, ROUNDING: tl.constexpr, ONE: tl.constexpr,
+    NORM: tl.constexpr, GROUP: tl.constexpr, ROUNDING: tl.constexpr, ONE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """x, residual [rows / groups, width] -> y, kept the same and contiguous, scales [rows / groups, groups]."""
@@ -96,18 +97,18 @@ def _prepare(
     residual_rows = None
     if residual is not None:
         residual_rows = residual + (row * residual_row)[:, None]
-    longest = GROUP if GROUP else width
+    longest = BLOCK if ONE else (GROUP if GROUP else width)
 
     s = tl.zeros([1, 1], tl.float32)
     if ONE:
         column = tl.arange(0, BLOCK)[None, :]
-        inside = there[:, None] & (column < own)
+        inside = there[:, None] & _within(column, own, WHOLE)
         s = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
     mean = tl.zeros([ROWS, 1], tl.float32)
     if NORM == "layer":
         for start in range(0, longest, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
-            inside = there[:, None] & (column < own)
+            inside = there[:, None] & _within(column, own, WHOLE)
             part = s
             if not ONE:
                 part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
@@ -118,7 +119,7 @@ def _prepare(
         squares = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, longest, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
-            inside = there[:, None] & (column < own)
+            inside = there[:, None] & _within(column, own, WHOLE)
             part = s
             if not ONE:
                 part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
@@ -128,17 +129,17 @@ def _prepare(
 
     step, finite = factor, there[:, None]
     if ROUNDING != "none":
-        peak = tl.zeros([ROWS, 1], tl.float32)
+        peak = tl.zeros([ROWS, 1], tl.int32)
         for start in range(0, longest, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
-            inside = there[:, None] & (column < own)
+            inside = there[:, None] & _within(column, own, WHOLE)
             part = s
             if not ONE:
                 part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
             n = _normed(part, mean, factor, gain, shift, permutation, first + column, inside)
-            size = tl.abs(n)
-            size = tl.where(size < float("inf"), size, float("inf"))  # of a NaN too
-            peak = tl.maximum(peak, tl.max(tl.where(inside, size, 0.0), 1)[:, None])
+            size = tl.where(inside, n, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF  # in the order of floats, NaN last
+            peak = tl.maximum(peak, tl.max(size, 1)[:, None])
+        peak = peak.to(tl.float32, bitcast=True)
         finite = peak < float("inf")
         if scale is None:
             step = tl.div_rn(peak, 127.0 if ROUNDING == "int8" else 448.0)
@@ -150,7 +151,7 @@ def _prepare(
 
     for start in range(0, longest, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
-        inside = there[:, None] & (column < own)
+        inside = there[:, None] & _within(column, own, WHOLE)
         part = s
         if not ONE:
             part = _summed(x_rows, residual_rows, permutation, first + column, inside, x_column, residual_column)
@@ -164,8 +165,8 @@ def _prepare(
             ratio = tl.where(finite, n * tl.div_rn(1.0, tl.maximum(step, SMALLEST)), 0.0)
             if ROUNDING == "int8":
                 n = _integers(ratio)
-            elif y.dtype.element_ty == tl.float8e4nv:  # a chip that converts
-                n = tl.minimum(tl.maximum(ratio, -448.0), 448.0)
+            elif y.dtype.element_ty == tl.float8e4nv:  # a chip that converts, and saturates
+                n = ratio
             elif y.dtype.element_ty == tl.uint8:
                 n = _e4m3_codes(ratio)
             else:
@@ -174,6 +175,12 @@ def _prepare(
 
 
 SMALLEST = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def _within(column, own, WHOLE: tl.constexpr):
+    """Whether there is such a column; WHOLE: blocks of columns fill rows, and no column is asked."""
+    return tl.full(column.shape, True, tl.int1) if WHOLE else column < own
 
 
 @triton.jit
@@ -202,9 +209,9 @@ def _normed(s, mean, factor, gain, shift, permutation, column, inside):
 
 @triton.jit
 def _integers(ratio):
-    """To the nearest of -128..127, ties to even: adding 1.5 * 2^23 leaves a float32 no room for a fraction."""
+    """To the nearest of -128..127, ties to even: added to 1.5 * 2^23, a float32 has them in its last byte."""
     ratio = tl.minimum(tl.maximum(ratio, -128.0), 127.0)
-    return ((ratio + 12582912.0) - 12582912.0).to(tl.int8)
+    return (ratio + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def _few(block_m, features, kind, dot, chip):
     widest = 64 if many and _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
     if kind == "int4" and dot != torch.int8:
         if block_m == 8:
-            return (32, 4, 4, 3) if many else (16, 8, 4, 3)
+            return (32, 4, 4, 3) if many else (16, 4, 4, 4)
         if features <= 16 * chip.processors:
             return 16, 8, 4, 3
         return (32, 8, 8, 3) if features <= 32 * chip.processors else (widest, 4, 4, 3)

@@ -42,6 +42,8 @@ def run(
 
     queries = min(tokens, max_seqlen_q or tokens)  # the most of a sequence
     keys = min(block_table.shape[1] * page_size, FAR if max_seqlen_k is None else max_seqlen_k)
+    if window[0] >= 0 and tree_mask is None:
+        keys = min(keys, window[0] + 64)  # of a tile, which has about as many tokens
     rows = group * min(queries, blocks(tokens, seqs))
     heuristic = _tiles(
         chip, q.element_size(), k_cache.element_size(), rows, keys, dim, v_dim, programs=seqs * kv_heads,
@@ -109,16 +111,16 @@ def run(
 def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, window):
     """itemsize and cached: bytes of q and of the caches; rows: query heads times tokens of a sequence, on average.
 
-    programs: that there are while none shares its keys with another.
+    keys: the most that a tile sees.  programs: that there are while none shares its keys with another.
     """
     wide = max(dim, v_dim)
     if INTERPRETED:
         edge = 128 if rows <= 16 else 64
         return {"BLOCK_M": power(rows, 16, 64), "BLOCK_N": 128, "EDGE": edge, "num_warps": 4, "num_stages": 1}
     if itemsize == 4:  # no matrix instruction: registers are what limits
-        block = 32 if wide <= 128 and not chip.rdna else 16
+        block = power(rows, 16, 32 if wide <= 128 and cached > 1 and not chip.rdna else 16)
         warps = 8 if wide <= 256 else 4 if chip.amd else 16  # a lane has 256 registers there with 8, 128 here with 16
-        return {"BLOCK_M": power(rows, 16, block), "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
+        return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
     # AMD: Triton gives each wave whole rows of the first product, so those beyond one for 16 rows would multiply, and
     # unpack, the same keys again.  They are as many as registers ask for.
     if chip.rdna:
@@ -138,12 +140,15 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
         if wide > 256:
             return {"BLOCK_M": block_m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
         light = block_m == 16 and wide <= 128
+        own = keys // max(1, 2 * chip.processors // programs)  # keys of a program
+        if light and cached > 1 and chip.hopper and own <= 1024:  # so few passes that none is worth asking early for
+            return {"BLOCK_M": 16, "BLOCK_N": 128 if own >= 512 else 64, "num_warps": 4, "num_stages": 1}
         block_n = 128 if light and cached > 1 and 2 * programs > chip.processors else 64
         if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
             block_n = 32
         stages = 3 if cached > 1 else 5 if chip.hopper else 4
         if keys <= 1024:  # few passes: smaller ones begin sooner
-            block_n, stages = min(block_n, 64), 2
+            block_n, stages = min(block_n, 64), 3 if block_m > 16 and wide <= 128 else 2
         warps = 2 if light and block_n == 64 else 4  # who shares a pass waits for the others
         edge = min(block_n, 32) if block_m > 16 else block_n  # masks of 32 rows take registers
         return {"BLOCK_M": block_m, "BLOCK_N": block_n, "EDGE": edge, "num_warps": warps, "num_stages": stages}
@@ -152,8 +157,12 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
     if tree:  # its words lie in shared memory too
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     if chip.hopper:  # EDGE: of 128 keys on the diagonal a prompt's tokens see half
-        if wide <= 128 and cached > 1 and keys > 512 and not window:
-            return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 32, "num_warps": 8, "num_stages": 5}
+        if wide <= 128 and cached > 1 and keys <= 512:
+            return {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE": 64, "num_warps": 4, "num_stages": 2}
+        if wide <= 128 and cached > 1 and not window:
+            few = 2 * blocks(rows, 128) * programs <= chip.processors
+            block_m, warps = (64, 4) if few else (128, 8)
+            return {"BLOCK_M": block_m, "BLOCK_N": 128, "EDGE": 32, "num_warps": warps, "num_stages": 5}
         return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32, "num_warps": 8, "num_stages": 5 if wide <= 128 else 3}
     return {"BLOCK_M": 128 if wide <= 128 else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 

@@ -6,9 +6,10 @@
 
 A request travels llm.py -> scheduler.py (which tokens run in this step) -> runner.py (arrays) -> models/model.py (ops)
 -> sampling.py (the next tokens), and back (output.py).  cache.py holds the pages' memory, pages.py counts their users,
-prefix.py finds those whose keys are known.  speculative.py guesses tokens ahead of the model, lora.py keeps adapters,
-tables.py the block table from step to step, graphs.py records steps.  llmkernels.models reads checkpoints and adapters,
-and what the text of an answer must be is for llmkernels.structured to say.
+holdings.py says which a sequence holds, prefix.py finds those whose keys are known.  speculative.py guesses tokens
+ahead of the model, lora.py keeps adapters, tables.py the block table from step to step, graphs.py records steps.
+llmkernels.models reads checkpoints and adapters, and what the text of an answer must be is for llmkernels.structured
+to say.
 """
 
 from llmkernels.engine.beam import Beam as Beam

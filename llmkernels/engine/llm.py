@@ -18,7 +18,6 @@ from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.runner import Runner, calibrate
 from llmkernels.engine.sampling import Chosen
 from llmkernels.engine.scheduler import Scheduler
-from llmkernels.engine.snapshot import counts, snapshot
 from llmkernels.engine.speculative import Speculation
 from llmkernels.models import shipped_model
 from llmkernels.models.tokenizer import read_tokenizer
@@ -275,7 +274,13 @@ class LLM:
     def stats(self) -> dict[str, int]:
         """Requests that run and wait; pages used, idle (their keys are kept) and empty; preemptions, reuse; tokens
         guessed, and those that came true; decode steps that were replayed, and that were not."""
-        return counts(self._scheduler, self._runner)
+        scheduler, graphs, speculator = self._scheduler, self._runner.target.graphs, self._runner.speculator
+        return scheduler.stats() | {
+            "guessed_tokens": speculator.guessed if speculator else 0,
+            "accepted_tokens": speculator.accepted if speculator else 0,
+            "decode_replayed_steps": graphs.replayed if graphs else 0,
+            "decode_plain_steps": graphs.plain if graphs else 0,
+        }
 
     @property
     def forwards(self) -> list[Forward]:
@@ -288,9 +293,10 @@ class LLM:
         if found := list(problems(self._scheduler)):
             raise RuntimeError(f"the cache's pages do not add up: {'; '.join(found)}")
 
-    def snapshot(self) -> dict[str, Any]:
-        """Requests, pages and prefixes as they are now, for a picture; see engine/snapshot.py."""
-        return snapshot(self._scheduler)
+    @property
+    def scheduler(self) -> Scheduler:
+        """Requests, pages and prefixes, for whoever draws them between two steps; nothing of it is to be changed."""
+        return self._scheduler
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, with the special tokens that the tokenizer puts around a prompt."""

@@ -86,9 +86,8 @@ class Output:
         return ended
 
     def _forced(self) -> list[int]:
-        """Tokens that its grammar leaves no choice about; none where the ln p of each is wanted: it takes a step."""
-        asked = self.params.scored or self.params.top_logprobs
-        return self.guide.forced() if self.guide and not asked and not self.finish_reason else []
+        """Tokens that its grammar leaves no choice about, where they may do without a step."""
+        return self.guide.forced() if self.guide and self.params.jumps and not self.finish_reason else []
 
 
 def best(outputs: Sequence[Any]) -> list[Any]:

@@ -109,6 +109,11 @@ class SamplingParams:
         """Is ln p of every token needed, by whoever asked or to choose among the answers?"""
         return self.logprobs or self.answers > self.n
 
+    @property
+    def jumps(self) -> bool:
+        """May tokens that a grammar forces do without a step?  Not where ln p is wanted: that takes one."""
+        return not (self.scored or self.top_logprobs)
+
 
 def _several(name: str, given: Any) -> tuple[Any, ...]:
     """One, several or none (also None), as a tuple."""

@@ -17,9 +17,6 @@ Who waits is admitted in the order of arrival, but for this: of the first LOOKAH
 prefix goes first, before its keys are evicted for somebody else's.  Nobody is overtaken more than PATIENCE times, and
 never one that ran before and lost its pages.
 
-Pages are shared by sequences that have the same tokens up to there: a prefix found at admission, a page that two
-sequences computed at the same time, forks of one prompt.  Who is about to write into a shared page gets a copy first.
-
 Speculation takes what is left: when everybody has its tokens and nobody more can be admitted, sequences that decode
 get room for guesses behind their token, as far as the budget and the free pages go.  Guesses never cause a preemption.
 Those that came true are tokens like others; of the rest neither pages nor counts remain after the step.
@@ -30,13 +27,13 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from itertools import islice
 
+from llmkernels.engine.holdings import Holdings
 from llmkernels.engine.pages import PagePool
 from llmkernels.engine.prefix import PrefixCache
 from llmkernels.engine.sequence import Chunk, Sequence
 
 LOOKAHEAD = 16  # who waits and may be admitted next: each costs a lookup of its prompt
 PATIENCE = 8
-MOST_KNOWN = 8  # tokens that a chunk may bring (a grammar forces them) and have guesses behind them
 
 
 @dataclass(eq=False)
@@ -66,6 +63,7 @@ class Scheduler:
                 f"max_sequences is {self.max_sequences} and max_batch_tokens {self.max_batch_tokens}; "
                 "give 1 <= max_sequences <= max_batch_tokens, a token each step for each sequence"
             )
+        self._holdings = Holdings(self.pool, self.page_size, self.prefix)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence and its forks; ValueError where even an empty pool could not hold it to its end."""
@@ -94,7 +92,7 @@ class Scheduler:
                 chunk.start = start
                 chunks.append(chunk)
                 continue
-            chunk = self._plan(sequence, 1 + spare)
+            chunk = self._holdings.plan(sequence, 1 + spare)
             if chunk:
                 chunks.append(chunk)
                 spare -= chunk.count - 1
@@ -110,7 +108,7 @@ class Scheduler:
             spare -= chunk.count
         if self.guesses:
             for chunk in chunks:
-                spare -= self._make_room(chunk, min(spare, self.guesses))
+                spare -= self._holdings.make_room(chunk, min(spare, self.guesses))
         return chunks
 
     def advance(self, chunks: Row[Chunk], sampled: Row[int]) -> list[int]:
@@ -118,7 +116,7 @@ class Scheduler:
 
         Returns how many tokens each of those has gained: accepted and sampled ones, as far as they do not end it.
         """
-        tokens, gained, prefix, size = iter(sampled), [], self.prefix, self.page_size
+        tokens, gained, size, keeps = iter(sampled), [], self.page_size, self.prefix is not None
         for chunk in chunks:
             sequence = chunk.sequence
             token = next(tokens) if chunk.samples else None
@@ -127,8 +125,8 @@ class Scheduler:
                 continue
             before, settled = sequence.settled, chunk.start + chunk.count
             sequence.settled, sequence.computed = settled, settled + len(chunk.accepted)
-            if prefix and settled % size < settled - before:  # a page is full
-                self._keep(prefix, sequence, before)
+            if keeps and settled % size < settled - before:  # a page is full
+                self._holdings.keep(sequence, before)
             if token is None:
                 continue
             if sequence.forks:
@@ -165,7 +163,8 @@ class Scheduler:
         if sequence not in self.running:
             self.waiting.appendleft(child)
             return child
-        self._go_on(child, sequence, min(length, sequence.settled), self.running.index(sequence) + 1)
+        self._holdings.share(child, sequence, min(length, sequence.settled))
+        self.running.insert(self.running.index(sequence) + 1, child)
         return child
 
     def end(self, sequence: Sequence, reason: str = "abort") -> None:
@@ -179,6 +178,20 @@ class Scheduler:
                 parent.forks.remove(sequence)
                 sequence.finish_reason = reason
 
+    def stats(self) -> dict[str, int]:
+        """What is now, in sequences and pages, and what was since the start."""
+        pool, prefix = self.pool, self.prefix
+        return {
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "pages_used": pool.pages - pool.free,
+            "pages_idle": pool.idle,
+            "pages_empty": pool.free - pool.idle,
+            "preemptions": self.preemptions,
+            "prefix_asked_tokens": prefix.asked if prefix else 0,
+            "prefix_found_tokens": prefix.found if prefix else 0,
+        }
+
     def _append(self, sequence: Sequence, tokens: list[int]) -> int:
         """The sequence goes on with these tokens, or with the first of them, which end it.  How many they were."""
         before = len(sequence.tokens)
@@ -186,48 +199,8 @@ class Scheduler:
             self.extend(sequence, token)
             if sequence.finish_reason:
                 break
-        count = -(-len(sequence.tokens) // self.page_size)
-        if len(sequence.pages) > count:  # there were guesses, and they were wrong
-            self.pool.give_back(sequence.pages[count:])
-            del sequence.pages[count:]
-            sequence.written = min(sequence.written, count)
+        self._holdings.trim(sequence)
         return len(sequence.tokens) - before
-
-    def _make_room(self, chunk: Chunk, most: int) -> int:
-        """Slots for so many guesses behind the chunk, or fewer: where it decodes, and pages are free.  How many."""
-        sequence = chunk.sequence
-        count = len(sequence.tokens)
-        most = min(most, sequence.limit - count - 1)  # a token follows the last guess
-        decodes = chunk.count == 1 or (chunk.count <= MOST_KNOWN and chunk.start >= sequence.prompt_length)
-        if not (chunk.samples and decodes) or sequence.plain or sequence.forks or most < 1:
-            return 0
-        missing = -(-(count + most) // self.page_size) - len(sequence.pages)
-        sequence.pages += self.pool.take(min(missing, self.pool.free)) or [] if missing > 0 else []
-        chunk.room = min(most, len(sequence.pages) * self.page_size - count)
-        return chunk.room
-
-    def _plan(self, sequence: Sequence, most: int) -> Chunk | None:
-        """The sequence's next chunk, of at most so many tokens; None, and nothing changed, where pages are short.
-
-        Pages are taken for all of its tokens: a prompt once admitted never waits for pages midway.
-        """
-        pages, start, copy = sequence.pages, sequence.computed, None
-        first = start // self.page_size
-        split = first < len(pages) and not self.pool.own(pages[first])
-        missing = -(-len(sequence.tokens) // self.page_size) - len(pages)
-        if missing or split:
-            taken = self.pool.take(missing + split)
-            if taken is None:
-                return None
-            if split:
-                copy = pages[first], taken.pop()
-                self.pool.give_back(copy[:1])
-                pages[first] = copy[1]
-                sequence.written = min(sequence.written, first)
-                sequence.settled = min(sequence.settled, first * self.page_size)  # more when the copy is made
-            pages += taken
-        count = min(len(sequence.tokens) - start, most)
-        return Chunk(sequence, start, count, start + count == len(sequence.tokens), copy)
 
     def _next(self, known: dict[Sequence, int]) -> Sequence:
         """Who waits and is to be admitted first, from now on at the front.  known: in pages; looked up once a step."""
@@ -252,35 +225,19 @@ class Scheduler:
         blocked, missing = self._blocked
         if blocked is sequence and missing > self.pool.free:
             return None  # before the prompt is looked up again
-        prefix = None if sequence.pooled else self.prefix
-        if prefix:
-            sequence.pages, known = prefix.match(sequence.scope, sequence.tokens[:-1])  # the last must give logits
-            sequence.computed = sequence.settled = known
-        chunk = self._plan(sequence, most)
-        if not chunk and (more := sequence.computed % self.page_size):  # no room to copy the last page: do without
-            self.pool.give_back([sequence.pages.pop()])
-            sequence.computed -= more
-            sequence.settled = sequence.computed
-            chunk = self._plan(sequence, most)
+        self._holdings.find(sequence)
+        chunk = self._holdings.plan(sequence, most)
+        if not chunk and self._holdings.do_without_copy(sequence):
+            chunk = self._holdings.plan(sequence, most)
         if not chunk:
             self._blocked = sequence, -(-len(sequence.tokens) // self.page_size) - len(sequence.pages)
-            self._release(sequence)
+            self._holdings.release(sequence)
         elif sequence.cached is None:
             sequence.cached = chunk.start
-            if prefix:
-                prefix.found += chunk.start
-                prefix.asked += len(sequence.tokens)
+            if self.prefix and not sequence.pooled:
+                self.prefix.found += chunk.start
+                self.prefix.asked += len(sequence.tokens)
         return chunk
-
-    def _keep(self, prefix: PrefixCache, sequence: Sequence, start: int) -> None:
-        """The pages that are full of settled tokens, and were not when those were `start`, may be found by others."""
-        pages, size = sequence.pages, self.page_size
-        for i in range(start // size, sequence.settled // size):
-            before = pages[i - 1] if i else None
-            page = prefix.add(sequence.scope, before, sequence.tokens[i * size : (i + 1) * size], pages[i])
-            if page != pages[i]:
-                pages[i] = page
-                sequence.written = min(sequence.written, i)
 
     def _fork(self, parent: Sequence) -> None:
         """Its forks run from here on, right behind it.  Each computes the prompt's last token again, for its logits."""
@@ -290,21 +247,15 @@ class Scheduler:
                 late.append(child)
                 continue
             child.cached = len(child.tokens) - 1
-            self._go_on(child, parent, child.cached, at)
+            self._holdings.share(child, parent, child.cached)
+            self.running.insert(at, child)
             at += 1
         self.waiting.extendleft(reversed(late))
         parent.forks = []
 
-    def _go_on(self, child: Sequence, parent: Sequence, computed: int, at: int) -> None:
-        """The child runs at place `at`, behind so many of the parent's tokens, in the same pages."""
-        child.computed = child.settled = computed
-        child.pages = parent.pages[: -(-computed // self.page_size)]
-        self.pool.share(child.pages)
-        self.running.insert(at, child)
-
     def _preempt(self) -> None:
         victim = self.running.pop()
-        self._release(victim)
+        self._holdings.release(victim)
         self.waiting.appendleft(victim)
         self.preemptions += 1
 
@@ -314,20 +265,10 @@ class Scheduler:
         queue = self.running if sequence in self.running else self.waiting
         if not sequence.forks:
             queue.remove(sequence)
-            self._release(sequence)
+            self._holdings.release(sequence)
             return
         heir, *heir.forks = sequence.forks
         heir.pages, heir.computed, heir.settled = sequence.pages, sequence.computed, sequence.settled
         heir.cached = sequence.cached
         sequence.pages, sequence.forks = [], []
         queue[queue.index(sequence)] = heir
-
-    def _release(self, sequence: Sequence) -> None:
-        """It gives back its pages; the last settled keys are kept as well, unless another may write behind them."""
-        pages, (full, rest) = sequence.pages, divmod(sequence.settled, self.page_size)
-        if self.prefix and rest and self.pool.own(pages[full]):
-            before = pages[full - 1] if full else None
-            tokens = sequence.tokens[full * self.page_size : sequence.settled]
-            pages[full] = self.prefix.add(sequence.scope, before, tokens, pages[full])
-        self.pool.give_back(pages)
-        sequence.pages, sequence.computed, sequence.settled, sequence.drafted, sequence.written = [], 0, 0, 0, 0

@@ -117,7 +117,10 @@ class Speculator:
         self._read: list[tuple[Chunk, list[int]]] = []  # the guesses that the draft model has read, in this step
 
     def propose(self, chunks: Sequence[Chunk]) -> None:
-        """Fill in the guesses of every chunk that has room: under a grammar a chain that it allows."""
+        """Fill in the guesses of every chunk that has room: under a grammar a chain that it allows.
+
+        There is none behind which the grammar forces text: plain decoding asks the model nothing there.
+        """
         small = all(chunk.count + chunk.room <= MOST_GUESSES + 1 for chunk in chunks)
         roomy = [chunk for chunk in chunks if chunk.room]
         tree = self.wish.width > 1 and small and not any(chunk.sequence.payload.guide for chunk in roomy)
@@ -130,9 +133,9 @@ class Speculator:
                 node: int | None = -1
                 for token in found.get(id(chunk), ()):
                     node = None if node is None else chunk.guess(node, token)
-                if guide := chunk.sequence.payload.guide:
-                    allowed = guide.allowed(chunk.guesses)
-                    chunk.guesses, chunk.parents = chunk.guesses[:allowed], chunk.parents[:allowed]
+            if guide := chunk.sequence.payload.guide:
+                allowed = guide.allowed(chunk.guesses, chunk.sequence.payload.params.jumps)
+                chunk.guesses, chunk.parents = chunk.guesses[:allowed], chunk.parents[:allowed]
 
     def count(self, chunks: Sequence[Chunk]) -> None:
         """The step ran: keep the score, and which guesses' keys the draft model has."""

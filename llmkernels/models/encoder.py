@@ -56,7 +56,7 @@ class Encoder:
         while (child := node.after.get(text[known : known + BLOCK])) is not None:
             node, known = child, known + BLOCK
             ids += child.ids
-        rest = self._tokenizer.encode(text[node.cut :], add_special_tokens=node is self._root)
+        rest = self._tokenizer.encode(text[node.cut :], add_special_tokens=not node.cut)
         if self._blocks > MOST_BLOCKS:
             self._root, self._blocks = Node(0, []), 0
         else:

@@ -43,9 +43,8 @@ class Guard:
                 return await _refuse(send, 413, error(words, code="request_too_large"))
             if not message.get("more_body"):
                 break
-        if SURROGATE.search(body) and _lone(body):
-            words = "the body holds half a surrogate pair, \\uD800 to \\uDFFF; send whole characters"
-            return await _refuse(send, 400, error(words))
+        if wrong := _no_text(body):
+            return await _refuse(send, 400, error(wrong))
         given = False
 
         async def replay() -> Any:
@@ -61,15 +60,22 @@ class Guard:
         return self._expected is None or hmac.compare_digest(given, self._expected)
 
 
-def _lone(body: bytes) -> bool:
-    """Does it hold a surrogate without its other half, which JSON lets through and no tokenizer takes?"""
+def _no_text(body: bytes) -> str:
+    """Why the body is no text, if it is none: json.loads lets halves of surrogate pairs through, in UTF-16 and in
+    bytes as well as in \\uD800, and no tokenizer takes them."""
     try:
-        json.dumps(json.loads(body), ensure_ascii=False).encode()
+        text = body.decode("utf-8-sig")
+        if "\0" in text:  # as in ASCII letters of UTF-16
+            raise UnicodeError
+        if SURROGATE.search(body):
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return True
+        return "the body holds half a surrogate pair, \\uD800 to \\uDFFF; send whole characters"
+    except UnicodeError:
+        return "the body is not UTF-8; send JSON in UTF-8"
     except (ValueError, RecursionError):  # not JSON: told by whoever reads it
-        return False
-    return False
+        pass
+    return ""
 
 
 async def _refuse(send: Any, status: int, content: dict) -> None:

@@ -24,6 +24,7 @@ from llmkernels import ledger
 from llmkernels.engine.beam import BeamSearch
 from llmkernels.engine.llm import LLM
 from llmkernels.engine.output import Delta, Feed, Output
+from llmkernels.server.snapshot import snapshot
 from llmkernels.server.wire import (
     Drop,
     Facts,
@@ -45,7 +46,7 @@ from llmkernels.server.wire import (
 COMPILING = 4  # grammars at once
 QUESTIONS: dict[str, Callable[..., Any]] = {
     "counters": lambda llm: llm.stats() | {"ops": ledger.read()},
-    "status": lambda llm: llm.snapshot() | llm.stats() | {"problem": problem(llm)},
+    "status": lambda llm: snapshot(llm.scheduler) | llm.stats() | {"problem": problem(llm)},
     "load_adapter": lambda llm, name, path: llm.load_adapter(name, path) or llm.adapters,
     "unload_adapter": lambda llm, name: llm.unload_adapter(name) or llm.adapters,
 }

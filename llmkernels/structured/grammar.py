@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import OrderedDict
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import tokenizers
 
@@ -63,8 +63,7 @@ class Grammars:
     def close(self) -> None:
         """End the process; the next structure starts another."""
         if self._process:
-            self._process.kill()
-            self._process.wait()
+            _end(self._process)
             self._process = None
 
     def _compile(self, kind: str, text: str) -> Any:
@@ -76,6 +75,7 @@ class Grammars:
         if compiler is None or compiler.poll() is not None:
             command = [sys.executable, "-c", f"from {process.__name__} import main; main()"]
             compiler = self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            finalize(self, _end, compiler)  # subprocess would keep it, and its open pipes, until it ends by itself
             process.write(compiler.stdin, self._info.serialize_json())
         process.write(compiler.stdin, [kind, text])
         answer = process.read(compiler.stdout)
@@ -99,3 +99,8 @@ class Grammars:
         plain = types.BYTE_FALLBACK if "ByteFallback" in steps else types.RAW
         kind = types.BYTE_LEVEL if "ByteLevel" in steps else plain
         return xgrammar.TokenizerInfo(vocab, kind, vocab_size=self._vocab, stop_token_ids=sorted(self._stop))
+
+
+def _end(compiler: Any) -> None:
+    compiler.kill()
+    compiler.wait()

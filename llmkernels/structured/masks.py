@@ -75,13 +75,19 @@ class Guide:
         """Did it end with the last token?"""
         return bool(self.matcher.is_terminated())
 
-    def allowed(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens, in order, may follow; nothing changes."""
-        count = 0
+    def allowed(self, tokens: Sequence[int], jumps: bool = False) -> int:
+        """How many of these tokens, in order, may follow; nothing changes.
+
+        jumps: as guesses, for an answer that takes what `forced` says: none that is followed by that, or comes later.
+        """
+        count = useful = 0
         while count < len(tokens) and self.go_on(tokens[count]):
             count += 1
+            if jumps and not self.ended and self.forced():
+                break
+            useful = count
         self.go_back(count)
-        return count
+        return useful
 
     def fill(self, bits: torch.Tensor, first: int, draft: Sequence[int]) -> list[int]:
         """Fill a row of masks with what the grammar lets follow, and one more after each token of a draft.

@@ -9,10 +9,18 @@ LOWER = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"
 UPPER = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
 WHOLE = ("additionalProperties", "patternProperties", "propertyNames")  # mean another thing with more properties
 Schema = Mapping[str, Any]
+FORMS: dict[str, tuple[Any, str]] = {  # what values the keywords have that are read before their own turn
+    "$ref": (str, "a text"),
+    "properties": (Mapping, "an object of schemas"),
+    "required": (list, "a list of names"),
+    "enum": (list, "a list"),
+} | dict.fromkeys((*LOWER, *UPPER), ((int, float), "a number"))
 
 
 def merged(one: Schema, other: Schema, at: str) -> dict[str, Any]:
     """What satisfies both; ValueError with the keyword that stands in the way."""
+    check_forms(one, at)
+    check_forms(other, at)
     both = dict(one)
     for first, second in ((one, other), (other, one)):
         for key in WHOLE:
@@ -49,6 +57,8 @@ def disjoint(one: Schema, other: Schema) -> bool:
     By types, by values, or for objects by a property that both require and that is disjoint, or that each requires and
     the other, which allows no more than its own properties, does not name.
     """
+    check_forms(one, "")
+    check_forms(other, "")
     if not _common_types(_types(one), _types(other)):
         return True
     values = [_values(schema) for schema in (one, other)]
@@ -67,6 +77,19 @@ def disjoint(one: Schema, other: Schema) -> bool:
         and bool(set(one.get("required", ())) - set(second))
         and bool(set(other.get("required", ())) - set(first))
     )
+
+
+def check_forms(schema: Schema, at: str) -> None:
+    """ValueError unless these keywords have their form."""
+    for key, (kind, words) in FORMS.items():
+        given = schema.get(key)
+        wrong = not isinstance(given, kind) or (key == "required" and not all(isinstance(name, str) for name in given))
+        if key in schema and wrong:
+            raise ValueError(f"json_schema{at}.{key} is {given!r:.40}; give {words}")
+    if "type" in schema:
+        kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+        if not isinstance(kinds, list) or not kinds or not all(kind in [*KINDS] for kind in kinds):
+            raise ValueError(f"json_schema{at}.type is {schema['type']!r:.80}; give one or some of {', '.join(KINDS)}")
 
 
 def _open(schema: Any) -> Schema:

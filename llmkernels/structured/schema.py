@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from llmkernels.structured.leaves import KINDS, leaf, listed, one_of_values, refused, translated
-from llmkernels.structured.merge import disjoint, merged
+from llmkernels.structured.merge import check_forms, disjoint, merged
 
 MOST_NESTED = 32  # compiling takes the cube of the depth
 APPLIED = {"type", "enum", "const", "$ref", "anyOf", "oneOf", "allOf", *(w for words in KINDS.values() for w in words)}
@@ -59,6 +59,7 @@ class _Speller:
             what = "false, which nothing satisfies" if schema is False else f"{schema!r:.40}"
             raise ValueError(f"json_schema{at} is {what}; give a schema")
         schema = {key: value for key, value in schema.items() if key not in NOTES}
+        check_forms(schema, at)
         if schema.pop("uniqueItems", False):
             raise refused("uniqueItems", at)
         if schema.get("unevaluatedProperties") is False and not {*UNEVALUATED, "additionalProperties"} & set(schema):
@@ -151,8 +152,6 @@ class _Speller:
             if not kinds:
                 return {}
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, list) or not kinds or not all(kind in KINDS for kind in kinds):
-            raise ValueError(f"json_schema{at}.type is {schema['type']!r:.80}; give one or some of {', '.join(KINDS)}")
         each = []
         for kind in dict.fromkeys(kinds):
             own = {key: schema[key] for key in KINDS[kind] if key in schema}
@@ -170,7 +169,7 @@ class _Speller:
             raise refused("items as a list (2020-12 calls it prefixItems)", at)
         least, most = own.get("minItems", 0), own.get("maxItems", math.inf)
         first = own.get("prefixItems", [])
-        if first:
+        if first != []:
             first = listed(first, f"{at}.prefixItems")
         items = own.get("items", not first or least > len(first))
         if items is False:
@@ -190,10 +189,6 @@ class _Speller:
 
     def object(self, own: dict[str, Any], at: str, depth: int) -> dict[str, Any]:
         properties, required = own.get("properties", {}), own.get("required", [])
-        if not isinstance(properties, Mapping):
-            raise ValueError(f"json_schema{at}.properties is {properties!r:.40}; give an object of schemas")
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise ValueError(f"json_schema{at}.required is {required!r:.40}; give a list of names")
         named = {}
         for name, schema in properties.items():
             if schema is not False or name in required:
@@ -207,7 +202,7 @@ class _Speller:
                 named[name] = self.any(own.get("additionalProperties", True), f"{at}.additionalProperties", depth + 1)
         if names is not True:
             plain = isinstance(names, Mapping) and set(names) - {"type", *NOTES} == {"pattern"}
-            if not plain or by_pattern or properties:
+            if not plain or not isinstance(names["pattern"], str) or by_pattern or properties:
                 raise refused("propertyNames, other than a pattern for all properties,", at)
             by_pattern, others = {names["pattern"]: others}, False
         least, most = own.get("minProperties", 0), own.get("maxProperties", math.inf)

@@ -35,7 +35,7 @@ class Chip:
         features: of a weight that are multiplied at once by few rows, without and with zero points.
         registers: vector registers, of 4 KiB each.
         longest: columns of a product of many rows that are summed at once: on v7x the matrix unit adds up its results.
-        byte_to: what one instruction makes of int8, and the matrix unit multiplies by bfloat16.
+        byte_to: what the matrix unit multiplies by bfloat16, and bytes become at once.
         runs: of such sums by a weight as it is stored, how many stand one after the other before registers spill.
     """
 

@@ -130,5 +130,5 @@ def plan(x, weight, *, activation="none", **options):
     kind = kind_of(scheme, x.dtype, max(1, weight.shape[1]), activation, chip)
     rows, features = max(1, prod(x.shape[:-1])), max(1, weight.shape[0] // kind.parts)
     b, _ = _blocks(chip, kind, rows, features, scheme is not None and not scheme.symmetric)
-    words = f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}"
+    words = f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}, {b.run} columns at once"
     return f"{words}, {b.vmem >> 10} KiB of VMEM on {chip.name}"

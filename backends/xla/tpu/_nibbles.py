@@ -5,8 +5,10 @@ ones.  A first kernel puts x into that order, once.  What a nibble n = 0 .. 15 b
 
     16 + n in bfloat16, as bits: the nibble shifted to the top of the mantissa of 16.  Of the four features in a 32-bit
         word, the first and third come together, then the second and fourth: features lie as even ones, odd ones of 128.
-    n in `Chip.byte_to`, by the one instruction which has it from bytes: bfloat16 on v6e, e4m3 on v7x, whose matrix unit
-        multiplies bfloat16 by e4m3.  A high nibble stays in its place, 16 n, and x there is divided by 16: both exact.
+    n in bfloat16, by the one instruction that v6e has for bytes.  A high nibble stays in its place, 16 n, and x there
+        is divided by 16: both exact.
+    n / 512 in e4m3, as bits, for the matrix unit of v7x, which multiplies bfloat16 by e4m3: the smallest exponent and
+        the subnormal numbers below it count in steps of 1 / 512.  The matrix unit takes them as it takes FP8 weights.
 
 The weight is n - 8, so the sums are less those of x by what stands for 8.  They go through the same matrix unit in the
 same order: of a feature whose weights are all 0 the two are equal.  The groups of 256 columns meet it at once: x is
@@ -31,6 +33,9 @@ PAIR = 2 * LANES  # columns in 128 bytes
 KEPT = 8  # rows whose sums stay in registers through a block
 TALLEST = 128  # rows of stacked x
 EIGHT, SIXTEEN = 8.0, 16.0
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+STEPS = 512.0  # of e4m3 in 1, where its codes are 0 .. 15
+RUN = 512  # columns that v7x sums at once, where all share a scale: with more its bundles fill less
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Blocks:
         n, k: features and columns of a block.
         width: features that are multiplied at once.
         pieces: of those, how many stand one after the other in the program: between them its bundles fill.
+        run: columns that are multiplied at once.
         stack: copies of x, one for each group of PAIR columns.
         byte_to: what bytes become; None where nibbles are put into bfloat16 as bits.
         vmem: bytes that the cost model expects.
@@ -52,6 +58,7 @@ class Blocks:
     k: int
     width: int
     pieces: int
+    run: int
     stack: int
     byte_to: jnp.dtype | None
     vmem: int
@@ -60,7 +67,19 @@ class Blocks:
     @property
     def zeros(self):
         """What the weight 0 is multiplied as, in even and odd columns."""
-        return (EIGHT + SIXTEEN,) * 2 if self.byte_to is None else (EIGHT, SIXTEEN * EIGHT)
+        if self.byte_to is None:
+            return (EIGHT + SIXTEEN,) * 2
+        return (EIGHT / STEPS,) * 2 if self.byte_to == E4M3 else (EIGHT, self.odd * EIGHT)
+
+    @property
+    def odd(self):
+        """How many times itself a nibble of an odd column is."""
+        return SIXTEEN if self.byte_to == jnp.bfloat16 else 1.0
+
+    @property
+    def steps(self):
+        """How many times the sums the product is."""
+        return STEPS if self.byte_to == E4M3 else 1.0
 
 
 def takes(chip, kind, rows, zeros):
@@ -74,7 +93,7 @@ def choose(chip, *, rows, features, columns, kind):
     m = -(-rows // 8) * 8
     stack = _stack_of(kind)
     width = PAIR if m <= KEPT and chip.fp8 else LANES
-    pieces = 1 if m > KEPT or (chip.fp8 and not kind.group) else 4 // kind.parts
+    pieces = 1 if m > KEPT else 4 // kind.parts
     n = max(LANES, min(power(features), 1024 // kind.parts))
     width = min(width, n)
     k = min(power(max(columns, PAIR)), 4096)
@@ -85,7 +104,8 @@ def choose(chip, *, rows, features, columns, kind):
 
     while k > 8 * PAIR and vmem(k) > chip.vmem_limit * 2 // 3:
         k //= 2
-    return Blocks(m, n, k, width, min(pieces, n // width), stack, chip.byte_to, vmem(k), chip.vmem_limit)
+    run = PAIR if kind.group else min(k, RUN) if chip.byte_to == E4M3 else k
+    return Blocks(m, n, k, width, min(pieces, n // width), run, stack, chip.byte_to, vmem(k), chip.vmem_limit)
 
 
 def _stack_of(kind):
@@ -106,7 +126,7 @@ def product(x, values, scales, *, kind, blocks, row_scale=None, bias=None, out_d
     steps = -(-kind.columns // k)
     x = jnp.pad(x, ((0, m - rows), (0, steps * k - x.shape[1])))
     tall = pl.BlockSpec((stack * m, k), lambda i: (0, i))
-    offsets = k // 2 if kind.group else LANES  # columns of a step
+    offsets = k // blocks.run * LANES  # columns of a step
     x, less = pl.pallas_call(
         functools.partial(_stack, kind, blocks),
         grid=(steps,),
@@ -154,10 +174,7 @@ def product(x, values, scales, *, kind, blocks, row_scale=None, bias=None, out_d
 
 
 def _stack(kind, blocks, x, tall, less):
-    """x [m k] as tall [stack m, k], and less [stack m, 128 of each PAIR]: what the sums of those columns are less by.
-
-    Where all columns share a scale, less [m 128] is of all columns.
-    """
+    """x [m k] as tall [stack m, k], and less [stack m, 128 of each run]: what the sums of those columns are less by."""
     shape = (blocks.m, LANES)
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
     left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
@@ -171,12 +188,12 @@ def _stack(kind, blocks, x, tall, less):
         for odd in range(2):
             first, second = (lane_taken(half, even + odd) for half in halves)
             one = jnp.where(left, first, second)
-            one = one / SIXTEEN if odd and blocks.byte_to is not None else one
+            one = one / blocks.odd if odd and blocks.odd != 1 else one
             copies = [one if blocks.stack == 1 else jnp.where(group == g, one, 0.0) for g in range(blocks.stack)]
             ordered.append(jnp.concatenate(copies, 0).astype(x.dtype))
         both = jnp.concatenate(ordered, 1)
         tall[:, pl.ds(columns, PAIR)] = both
-        if kind.group:
+        if blocks.run == PAIR:
             less[:, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)] = multiply(both, zero, transposed=True)
 
     pairs = x.shape[1] // PAIR
@@ -187,18 +204,20 @@ def _stack(kind, blocks, x, tall, less):
         for at in range(together):
             pair(i * together + at)
 
-    if not kind.group:
-        less[...] = multiply(tall[...], jnp.concatenate([zero] * pairs, 1), transposed=True)
+    if blocks.run > PAIR:
+        wide = jnp.concatenate([zero] * (blocks.run // PAIR), 1)
+        for i in range(x.shape[1] // blocks.run):
+            own = tall[:, pl.ds(i * blocks.run, blocks.run)]
+            less[:, pl.ds(i * LANES, LANES)] = multiply(own, wide, transposed=True)
 
 
 def _kernel(kind, blocks, there, steps, x, less, w, scales, *refs):
-    """One block.  x [stack m, BK], less [stack m, BK / 2], w [parts BN BK / 2], scales [parts groups BN] ..."""
+    """One block.  x [stack m, BK], less [stack m, 128 a run], w [parts BN BK / 2], scales [parts groups BN] ..."""
     held = list(refs)
     row_scale, bias = (held.pop(0) if given else None for given in there)
     y, acc, *ordered = held
     step, width, m, n = pl.program_id(1), blocks.width, blocks.m, blocks.n
     columns = x.shape[1]
-    run = PAIR if kind.group else columns
     bits = blocks.byte_to is None
 
     @pl.when(step == 0)
@@ -208,7 +227,7 @@ def _kernel(kind, blocks, there, steps, x, less, w, scales, *refs):
     for part in range(kind.parts if kind.group else 0):  # a row of 128 lanes is loaded into all sublanes at once
         for f in range(n // LANES):
             own = scales[part, :, f * LANES : (f + 1) * LANES]
-            ordered[0][part, f] = _parted(own) if bits else own
+            ordered[0][part, f] = _parted(own) if bits else own * blocks.steps
 
     def spread(part, own, group):
         """The scales of a group [1 width], in the order of the sums."""
@@ -217,10 +236,11 @@ def _kernel(kind, blocks, there, steps, x, less, w, scales, *refs):
 
     def multiply_piece(part, own):
         total = None
-        for at in range(0, columns, run):
-            factor = [_factor(w[part, own, pl.ds(i // 2, LANES)], blocks.byte_to) for i in range(at, at + run, PAIR)]
-            sums = multiply(x[:, pl.ds(at, run)], jnp.concatenate(factor, 1), transposed=True)
-            sums -= jnp.concatenate([less[:, pl.ds(at // 2, LANES)]] * (width // LANES), 1)
+        for at in range(0, columns, blocks.run):
+            pairs = range(at, at + blocks.run, PAIR)
+            factor = [_factor(w[part, own, pl.ds(i // 2, LANES)], blocks.byte_to) for i in pairs]
+            sums = multiply(x[:, pl.ds(at, blocks.run)], jnp.concatenate(factor, 1), transposed=True)
+            sums -= jnp.concatenate([less[:, pl.ds(at // blocks.run * LANES, LANES)]] * (width // LANES), 1)
             if kind.group:
                 taken = (
                     sums[i * m : (i + 1) * m] * spread(part, own, at // kind.group + i) for i in range(blocks.stack)
@@ -252,7 +272,7 @@ def _kernel(kind, blocks, there, steps, x, less, w, scales, *refs):
             z = []
             for part in range(kind.parts):
                 value = _joined(acc[part, :, own]) if bits else acc[part, :, own]
-                value = value if kind.group else value * scales[part, :, own]
+                value = value if kind.group else value * (scales[part, :, own] * blocks.steps)
                 value = value if row_scale is None else value * row_scale[...]
                 z.append(value if bias is None else value + bias[part, own][None, :])
             y[:, own] = activated(z, kind.activation).astype(y.dtype)
@@ -261,6 +281,9 @@ def _kernel(kind, blocks, there, steps, x, less, w, scales, *refs):
 def _factor(stored, byte_to):
     """Bytes [features LANES] as what is multiplied, [features PAIR]: even columns, odd columns."""
     words = pltpu.bitcast(stored, jnp.int32)
+    if byte_to == E4M3:
+        halves = words & word_of(0x0F), lax.shift_right_logical(words, 4) & word_of(0x0F)
+        return jnp.concatenate([pltpu.bitcast(half, byte_to) for half in halves], 1)
     if byte_to is not None:
         halves = (words & word_of(0x0F), words & word_of(0xF0))  # the high ones 16 times: x there is less by 16
         return jnp.concatenate([pltpu.bitcast(half, jnp.uint8).astype(byte_to) for half in halves], 1)

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._numbers import LANES, cleared, multiply, tile_rows
+from ._numbers import LANES, SUBLANES, cleared, multiply, tile_rows
 from ._stored import CHUNK, PACKED, chunks_of, column, factors_of, first_of, group_of, in_stored_order, stored_lane
 from ._tiles import divisor, lanes, power
 
@@ -346,18 +346,18 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     """Sizes of a step.  Few rows: the weight is read once and copies bound the time, so its blocks are large and few.
     Many rows: as many as fit, since the weight is read, and unpacked, once for each BM of them."""
     size, packed = jnp.dtype(kind.dot).itemsize, kind.weight in PACKED
-    unit = tile_rows(kind.dot)
+    tight = chip.registers < 64
+    stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
+    bare = size == stored == 1 and not (kind.group or zeros or tight)  # bytes that nothing is made of
+    unit = min(tile_rows(kind.dot), max(SUBLANES, power(rows))) if bare else tile_rows(kind.dot)
     most = 512 if size < 4 else 256
     m = min(-(-rows // unit) * unit, most)
     m = -(-m // EPILOGUE_ROWS) * EPILOGUE_ROWS if m > EPILOGUE_ROWS else m
     whole = m > FEW and not (kind.group and kind.apart) and chip.registers >= 64
     least = 2 * CHUNK if packed else CHUNK
     stacked = 0 < kind.group < CHUNK and not whole  # copies of x, and sums, for each group of a chunk
-    stored = {"int4": 0.5, "mxfp4": 0.5, "int8": 1, "fp8": 1}.get(kind.weight, size)
-    tight = chip.registers < 64
-    bare = (
-        m <= EPILOGUE_ROWS and size == stored == 1 and not (kind.group or zeros or tight)
-    )  # few bundles a byte: larger blocks
+    bare = bare and m <= EPILOGUE_ROWS  # few bundles a byte: larger blocks
+    at_once = bare and m == SUBLANES  # sums of all features and columns of a block fit the registers
     n = min(power(max(features, LANES)), (128 if stacked else 1024 if bare else 512) // kind.parts)
     n = max(n, LANES)
     k = min(power(max(columns, least)), 4096 if whole or bare else 2048)
@@ -367,6 +367,8 @@ def choose(chip, *, rows, features, columns, kind, zeros):
             return min(k, chip.longest)
         if kind.group or packed:
             return CHUNK
+        if at_once:
+            return k
         return (
             min(k, max(2048, chip.longest))
             if m <= FEW and not tight
@@ -382,7 +384,7 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     height = m if m <= FEW or whole else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
     direct = size == stored and not zeros
     early = whole and not direct and chip.matrix == LANES
-    live = chip.features[zeros]  # beyond few rows, of a piece's sum
+    live = n if at_once else chip.features[zeros]  # beyond few rows, of a piece's sum
     width = max(LANES, min(n, live if m <= FEW else n if whole else 4 * chip.registers))
     width = min(width, chip.matrix) if whole and not (direct and size == 1) else width
     unrolled = (chip.runs if size == 1 else 1) if direct else k // run(k)

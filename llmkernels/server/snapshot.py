@@ -6,7 +6,6 @@ A snapshot is taken between two steps and costs nothing before it is asked for.
 from itertools import islice
 from typing import Any
 
-from llmkernels.engine.runner import Runner
 from llmkernels.engine.scheduler import Scheduler
 from llmkernels.engine.sequence import Sequence
 
@@ -38,25 +37,6 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
         "requests": requests[:MOST_REQUESTS],
         "tree": _runs(scheduler),
         "tree_pages": scheduler.prefix.pages if scheduler.prefix else 0,
-    }
-
-
-def counts(scheduler: Scheduler, runner: Runner) -> dict[str, int]:
-    """What is now, in requests and pages, and what was since the start; see LLM.stats."""
-    pool, prefix, graphs, speculator = scheduler.pool, scheduler.prefix, runner.target.graphs, runner.speculator
-    return {
-        "running": len(scheduler.running),
-        "waiting": len(scheduler.waiting),
-        "pages_used": pool.pages - pool.free,
-        "pages_idle": pool.idle,
-        "pages_empty": pool.free - pool.idle,
-        "preemptions": scheduler.preemptions,
-        "prefix_asked_tokens": prefix.asked if prefix else 0,
-        "prefix_found_tokens": prefix.found if prefix else 0,
-        "guessed_tokens": speculator.guessed if speculator else 0,
-        "accepted_tokens": speculator.accepted if speculator else 0,
-        "decode_replayed_steps": graphs.replayed if graphs else 0,
-        "decode_plain_steps": graphs.plain if graphs else 0,
     }
 
 
