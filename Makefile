@@ -8,9 +8,10 @@ INSTALLED := .venv/.installed
 BUILT := .venv/.built
 VLLM := .venv-vllm
 TORCH_XLA := .venv-torch-xla
+TORCH_TPU := .venv-torch-tpu
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help venv demo test test-all soak test-sanitize test-vllm test-torch-xla compile-gpu compile-tpu tpu-peers peers bench bench-vllm readme clean
+.PHONY: help venv demo test test-all soak test-sanitize test-vllm test-torch-xla test-torch-tpu compile-gpu compile-tpu tpu-peers peers bench bench-vllm readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,6 +63,10 @@ test-vllm: $(VLLM)/.installed  ## vLLM on the CPU, in .venv-vllm: same tokens wi
 
 test-torch-xla: $(TORCH_XLA)/.installed  ## torch-xla's last release on the CPU, in .venv-torch-xla: every op; 7 GB, minutes
 	cd tests/torch_xla && PJRT_DEVICE=CPU $(CURDIR)/$(TORCH_XLA)/bin/python check.py
+
+test-torch-tpu: $(TORCH_TPU)/.installed  ## torch_tpu's runtime on the CPU, in .venv-torch-tpu: every op through its adapter; minutes
+	cd tests/torch_tpu && LD_PRELOAD=$(CURDIR)/$(TORCH_TPU)/chips.so JAX_PLATFORMS=cpu \
+		XLA_FLAGS=--xla_force_host_platform_device_count=1 $(CURDIR)/$(TORCH_TPU)/bin/python check.py
 
 bench-vllm: $(VLLM)/.installed  ## a token's time beside vLLM's own attention, into bench/results/
 	for dtype in float32 bfloat16; do (cd tests/vllm && $(CURDIR)/$(VLLM)/bin/python check.py --time $$dtype --record); done
@@ -123,6 +128,21 @@ $(TORCH_XLA)/.made:
 # torch 2.9 is older than what this package asks for: its adapter needs what that one has.
 $(TORCH_XLA)/.installed: $(TORCH_XLA)/.made $(shell find llmkernels backends -name '*.py') pyproject.toml
 	LLMKERNELS_BUILD=none $(TORCH_XLA)/bin/python -m pip install --no-build-isolation --no-deps --ignore-requires-python .
+	@touch $@
+
+# Without a TPU torch_tpu needs no libtpu: XLA's plugin for CPUs, one file of 60 MB, hence the hash, is loaded in its place.
+CPU_PLUGIN := xla-cpu-pjrt==0.0.1 --hash=sha256:55837b6b7b47daa717f2d9a5a03563ea0ceaa338d06a81a1e2d3f060d960decc
+$(TORCH_TPU)/.made: constraints.txt tests/torch_tpu/chips.c
+	$(PYTHON) -m venv --clear $(TORCH_TPU) || $(PYTHON) -m virtualenv --clear $(TORCH_TPU)
+	$(TORCH_TPU)/bin/python -m pip install -c constraints.txt '$(TORCH)' jax numpy rich safetensors setuptools tokenizers typer \
+		pybind11 ninja absl-py frozendict immutabledict portpicker pyzmq tensorboard
+	echo '$(CPU_PLUGIN)' > $(TORCH_TPU)/plugin.txt && $(TORCH_TPU)/bin/python -m pip install --no-deps -r $(TORCH_TPU)/plugin.txt
+	$(TORCH_TPU)/bin/python -m pip install --no-deps torch_tpu==0.2.0
+	$${CC:-cc} -shared -fPIC -O1 tests/torch_tpu/chips.c -o $(TORCH_TPU)/chips.so
+	@touch $@
+
+$(TORCH_TPU)/.installed: $(TORCH_TPU)/.made $(shell find llmkernels backends -name '*.py') pyproject.toml
+	LLMKERNELS_BUILD=none $(TORCH_TPU)/bin/python -m pip install --no-build-isolation --no-deps .
 	@touch $@
 
 # An environment whose Python is gone, or that lies where it was not made, is no use: the stamp goes, the rule runs.

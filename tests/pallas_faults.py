@@ -43,7 +43,7 @@ FAULTS = {
     "a page that does not exist": Fault(("decode",)),
     "values at the edge are not cleared": Fault(("decode",), "            clear(", "            _ignore("),
     "the scale of the first head": Fault(("int8 cache",), "scales[head] * factor", "scales[0] * factor"),
-    "the scale of keys for values": Fault(("int8 cache",), "scales[kv_heads + h]", "scales[h]"),
+    "the scale of keys for values": Fault(("int8 cache",), "scales[kv_heads + head]", "scales[head]"),
     "the window holds a key too few": Fault(("window",), "own - options.window[0])", "own - options.window[0] + 1)"),
     "a key of the future": Fault(("mixed",), "end = jnp.minimum(end, own + 1)", "end = jnp.minimum(end, own + 2)"),
     "a block that leaves the window of some rows is not masked": Fault(
@@ -84,8 +84,8 @@ FAULTS = {
     ),
     "columns left over are not summed": Fault(
         ("rms_norm, float32, rows=7-hidden=1000-residual=False",),
-        "join(rest, reduce(value",
-        "join(rest, 0 * reduce(value",
+        "join(found, rest)",
+        "found",
         "_rows.py",
     ),
     "pairs are turned the other way": Fault(

@@ -54,7 +54,7 @@ LAYERS = {
     "adapters": Layer(
         "integrations/*",
         "core quant ops frameworks",
-        "torch torchax torch_xla transformers safetensors vllm sglang",
+        "torch jax torchax torch_tpu torch_xla transformers safetensors vllm sglang",
         ANYTHING,
     ),
     "backends": Layer("backends/*", "", "torch jax triton numpy", "flashinfer"),

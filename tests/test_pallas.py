@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -116,6 +117,12 @@ def test_interpreted_products_agree_with_the_oracle(case):
 def test_planted_faults_are_noticed():
     found = told(pallas_faults.__file__, *QUICK)
     assert all(found.values()), found
+
+
+def test_every_fault_has_a_place(tmp_path):
+    for fault in pallas_faults.FAULTS.values():
+        source = pallas_faults.ROOT / "backends" / "xla" / "tpu" / fault.file
+        pallas_faults.plant(fault, Path(shutil.copy(source, tmp_path)))
 
 
 @pytest.mark.slow

@@ -139,6 +139,14 @@ def test_int64_is_exact_or_outside():
         bridge.to_jax(torch.tensor([1]))
 
 
+def test_64_bits_in_a_trace_are_exact_or_outside():
+    with jax.enable_x64(True):
+        slots = jnp.array([2**32, 1, 2**32 + 17])
+        write = jax.jit(lambda slots: jax_api.write_kv(jnp.ones((3, 2, 16), "float32"), None, cache, None, slots))
+        cache = jnp.zeros((8, 16, 2, 16), "float32")
+        assert float(write(slots).sum()) == 32
+
+
 def test_explain_says_which_program_answers():
     x = torch.randn(4, 256)
     told = llmkernels.explain("quantized_gemm", x, quantize(torch.randn(64, 256), "w4a16_g128"))

@@ -34,7 +34,7 @@ def chosen(op, *arrays, **options):
         return PALLAS
     given = [x for x in jax.tree.leaves([arrays, options]) if isinstance(x, jax.Array)]
     traced = any(isinstance(x, jax.core.Tracer) for x in given)
-    if not given or kernel(op) is None or not (traced or _on_tpu(given[0])):
+    if not given or kernel(op) is None or _wide() or not (traced or _on_tpu(given[0])):
         return PLAIN
     if [*kernel(op).takes(*arrays, **options)] or not _pays(op, *arrays, **options):
         return PLAIN
@@ -47,12 +47,19 @@ def notes(op, call):
     described = {name: _described(x) for name, x in call.items()}
     if kernel(op) is None:
         yield "on a TPU: plain XLA; there is no Pallas kernel of this op"
+    elif _wide():
+        yield "on a TPU: plain XLA; the Pallas kernels count in 32 bits: leave jax_enable_x64 unset"
     elif refused := [*kernel(op).takes(**described)]:
         yield f"on a TPU: plain XLA; the Pallas kernel does not take it: {refused[0][1]}"
     elif not _pays(op, **described):
         yield "on a TPU: plain XLA, which does as well by itself for arrays of this size"
     else:
         yield f"on a TPU: Pallas, {kernel(op).plan(**described)}"
+
+
+def _wide():
+    """Whether jax counts in 64 bits, which TPUs do not have: some kernels cannot be traced then."""
+    return jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
 
 def _pays(op, *arrays, **options):

@@ -1,4 +1,4 @@
-"""The ops for torch tensors whose memory jax or XLA owns: what integrations/torchax.py and torch_xla.py share.
+"""The ops for torch tensors whose memory jax or XLA owns: what torchax.py, torch_tpu.py and torch_xla.py share.
 
 Such a tensor has no pointer that a kernel could be given.  What its library has is a way to call a function of jax
 arrays with tensors; that function is the op of llmkernels.jax_api, on whatever backend takes jax arrays.
@@ -15,8 +15,11 @@ from llmkernels import jax_api
 from llmkernels.contract import Contract
 from llmkernels.registry import OPS, Op
 
-Bridge = Callable[[Callable, Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-"""(function, tensors) -> tensors: calls a function from jax arrays to a tuple of jax arrays."""
+Bridge = Callable[[Callable, Sequence[torch.Tensor], Sequence[int]], Sequence[torch.Tensor]]
+"""(function, tensors, written) -> tensors: calls a function from jax arrays to a tuple of jax arrays.
+
+written: the places of those tensors, ascending, that the last results are copied to.
+"""
 
 LARGEST = 2**31 - 1
 
@@ -46,9 +49,11 @@ def _function(
                 raise ValueError(f"{op.name}: an argument is of type {type(leaf).__name__}; pass {what}")
         fixed = {name: tuple(x) if isinstance(x, list) else x for name, x in call.items() if name not in arrays}
         program = _program(op.name, backend, tree, tuple(fixed.items()))
+        written = _written(contract, call)
+        places = [i for i, leaf in enumerate(leaves) if any(leaf is call[name] for name in written)]
         with mode():
-            results = [*bridge(program, [_narrow(leaf.detach()) for leaf in leaves])]
-            for name in reversed(_written(contract, call)):
+            results = [*bridge(program, [_narrow(leaf.detach()) for leaf in leaves], places)]
+            for name in reversed(written):
                 call[name].copy_(results.pop())
         return None if not results else results[0] if len(results) == 1 else tuple(results)
 

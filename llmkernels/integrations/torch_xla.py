@@ -21,7 +21,7 @@ from torch_xla.core.xla_builder import call_jax
 from llmkernels.integrations.over_jax import functions
 
 
-def _bridge(function: Callable, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _bridge(function: Callable, tensors: Sequence[torch.Tensor], written: Sequence[int]) -> Sequence[torch.Tensor]:
     return call_jax(function, tuple(tensors))
 
 

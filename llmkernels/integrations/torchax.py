@@ -22,7 +22,7 @@ from torchax import interop
 from llmkernels.integrations.over_jax import functions
 
 
-def _bridge(function: Callable, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _bridge(function: Callable, tensors: Sequence[torch.Tensor], written: Sequence[int]) -> Sequence[torch.Tensor]:
     return interop.call_jax(function, *tensors)
 
 
