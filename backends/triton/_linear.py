@@ -119,7 +119,8 @@ def _multiply(x, form, y, *, x_scales, factor, bias, activation, gated):
     if rows <= FEW and (INTERPRETED or x.dtype != torch.float32):
         block_m = 8 if rows <= 8 and not chip_of(x).amd else FEW
         choice = choose(
-            "product_few", device, tiles_few(block_m, features, columns, kind, x.dtype, group, chip_of(x)),
+            "product_few", device,
+            tiles_few(block_m, features, columns, kind, x.dtype, group, form.zeros is not None, chip_of(x)),
             **known, rows=block_m, features=features, columns=columns,
         )  # fmt: skip
         choice = choice | {"WIDE": min(choice["WIDE"], group or choice["WIDE"])}

@@ -47,7 +47,7 @@ def tiles(rows, features, columns, kind, dot, group, y, chip):
 
 
 @functools.lru_cache(4096)
-def tiles_few(block_m, features, columns, kind, dot, group, chip):
+def tiles_few(block_m, features, columns, kind, dot, group, zeros, chip):
     """Tile sizes and launch options of _few.multiply_few.  SLICES is a multiple of num_warps: each warp has its own."""
     large = chip.shared >= LARGE_SHARED
     packed = kind in PACKED
@@ -58,7 +58,7 @@ def tiles_few(block_m, features, columns, kind, dot, group, chip):
     if INTERPRETED:
         block_n, slices, warps, stages = 128, 4, 4, 3
     elif large:
-        block_n, slices, warps, stages = (32, 8, 8, 3) if short else _few(block_m, features, kind, dot, chip)
+        block_n, slices, warps, stages = (32, 8, 8, 3) if short else _few(block_m, features, kind, dot, zeros, chip)
     else:
         block_n = 16 if kind == "dense" and not deep and features < 64 * chip.processors else 32
         slices, warps, stages = 4, 4, 2
@@ -72,7 +72,7 @@ def tiles_few(block_m, features, columns, kind, dot, group, chip):
     }  # fmt: skip
 
 
-def _few(block_m, features, kind, dot, chip):
+def _few(block_m, features, kind, dot, zeros, chip):
     """(BLOCK_N, SLICES, num_warps, num_stages) where shared memory holds what is on its way, as an H100's does."""
     many = features >= 64 * chip.processors  # several tiles a processor, whatever their size
     if kind == "dense":
@@ -80,7 +80,7 @@ def _few(block_m, features, kind, dot, chip):
     widest = 64 if many and _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
     if kind == "int4" and dot != torch.int8:
         if block_m == 8:
-            return (32, 4, 4, 3) if many else (16, 4, 4, 4)
+            return (32, 4, 4, 3) if many else (16, 8, 4, 3) if zeros else (16, 4, 4, 4)
         if features <= 16 * chip.processors:
             return 16, 8, 4, 3
         return (32, 8, 8, 3) if features <= 32 * chip.processors else (widest, 4, 4, 3)

@@ -142,7 +142,7 @@ def _tiles(chip, itemsize, cached, rows, keys, dim, v_dim, *, programs, tree, wi
         light = block_m == 16 and wide <= 128
         own = keys // max(1, 2 * chip.processors // programs)  # keys of a program
         if light and cached > 1 and chip.hopper and own <= 1024:  # so few passes that none is worth asking early for
-            return {"BLOCK_M": 16, "BLOCK_N": 128 if own >= 512 else 64, "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_M": 16, "BLOCK_N": 128 if own > 256 else 64, "num_warps": 4, "num_stages": 1}
         block_n = 128 if light and cached > 1 and 2 * programs > chip.processors else 64
         if block_m > 16 and dim & (dim - 1):  # read as two powers of two: registers
             block_n = 32
