@@ -137,7 +137,7 @@ $(TORCH_TPU)/.made: constraints.txt tests/torch_tpu/chips.c
 	$(TORCH_TPU)/bin/python -m pip install -c constraints.txt '$(TORCH)' jax numpy rich safetensors setuptools tokenizers typer \
 		pybind11 ninja absl-py frozendict immutabledict portpicker pyzmq tensorboard
 	echo '$(CPU_PLUGIN)' > $(TORCH_TPU)/plugin.txt && $(TORCH_TPU)/bin/python -m pip install --no-deps -r $(TORCH_TPU)/plugin.txt
-	$(TORCH_TPU)/bin/python -m pip install --no-deps torch_tpu==0.2.0
+	$(TORCH_TPU)/bin/python -m pip install --no-deps "$$(grep '^torch_tpu==' constraints.txt)"
 	$${CC:-cc} -shared -fPIC -O1 tests/torch_tpu/chips.c -o $(TORCH_TPU)/chips.so
 	@touch $@
 

@@ -253,7 +253,8 @@ def requirements() -> dict[str, Requirement]:
 def test_constraints_pin_every_requirement():
     pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     assert set(requirements()) <= set(pins)
-    apart = {Requirement(line).name for line in PROJECT["optional-dependencies"]["peers"]}  # make peers installs them
+    extras = PROJECT["optional-dependencies"]
+    apart = {Requirement(line).name for line in extras["peers"] + extras["torch_tpu"]}  # in environments of their own
     for name, requirement in requirements().items():
         assert requirement.specifier.contains(pins[name]), f"{requirement}, pinned {pins[name]}"
         assert name in apart or metadata.version(name).partition("+")[0] == pins[name], (
@@ -271,7 +272,7 @@ def test_what_is_imported_is_declared():
             optional = {Requirement(line).name.replace("-", "_") for line in extras["serve"]}
         if adapters in path.parents:  # its engine loads it, and is there then: vllm_norms.py, torch_xla.py
             name = path.relative_to(adapters).parts[0].removesuffix(".py")
-            optional = {name, name.partition("_")[0]}
+            optional = {name, name.partition("_")[0]} | {Requirement(line).name for line in extras.get(name, ())}
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = (

@@ -123,7 +123,9 @@ FAULTS = {
     "the residual read with the stride of x": Fault(
         "_rows", "residual_row)[:, None]", "x_row + 1)[:, None]", "rms_norm", ("residual",)
     ),
-    "columns past the row are not masked": Fault("_rows", "(column < own)", "(column < own + 1)", "rms_norm", ("",)),
+    "columns past the row are not masked": Fault(
+        "_rows", "else column < own", "else column < own + 1", "rms_norm", ("",)
+    ),
     "the scale of the group before": Fault(
         "_rows",
         "tl.store(scales + index[:, None]",
