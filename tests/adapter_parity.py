@@ -1,5 +1,6 @@
 """What an adapter for somebody's tensors has to pass: the same answers as the reference, written arguments included."""
 
+import llmkernels
 from llmkernels.comparison import compare
 from llmkernels.inputs import inputs
 from llmkernels.registry import OPS
@@ -14,6 +15,20 @@ def cases(each=3):
         for at in sorted({round(i * (len(easy) - 1) / (each - 1)) for i in range(each)}):
             for dtype in DTYPES if at == 0 else DTYPES[at % 2 :][:1]:
                 yield op, dtype, easy[at]
+
+
+def tally(functions, there, back):
+    """(passed, failed) of those cases for an adapter's functions, of which each must have run on xla, and no other."""
+    passed = failed = 0
+    for op, dtype, case in cases():
+        wrong = complaints(getattr(functions, op.name), op, dtype, case, there, back)
+        passed, failed = passed + (not wrong), failed + bool(wrong)
+        for text in wrong:
+            print(f"{op.name}, {dtype}, {case}: {text}")
+    told = llmkernels.ledger.read()
+    assert set(told) == set(OPS), f"not every op ran: {sorted(set(OPS) - set(told))}"
+    assert all(set(backends) == {"xla"} for backends in told.values()), told
+    return passed, failed
 
 
 def complaints(function, op, dtype, case, there, back):

@@ -18,7 +18,7 @@ from llmkernels.server.remote import Process
 SMALL = {"dtype": "float32", "page_size": 4, "kv_cache_pages": 96, "max_sequences": 12, "max_batch_tokens": 64}
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seconds", [12, pytest.param(300, marks=pytest.mark.slow)])
 def test_under_load_nothing_is_lost_and_nothing_changes(seconds, tmp_path):
     """The long one has its engine in a process of its own, as users have it, and guesses ahead."""

@@ -126,6 +126,7 @@ FAULTS = {
     "columns past the row are not masked": Fault(
         "_rows", "else column < own", "else column < own + 1", "rms_norm", ("",)
     ),
+    "the sign counts for the largest": Fault("_rows", " & 0x7FFFFFFF", "", "quantize_activation", ("",)),
     "the scale of the group before": Fault(
         "_rows",
         "tl.store(scales + index[:, None]",
