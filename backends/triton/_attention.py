@@ -26,11 +26,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 RAISE = tl.constexpr(15)  # float16 holds weights, 1 at most, 2^15 times as large: none is lost as too small
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["band"])
 def attend(
     q, k_cache, v_cache, block_table, seq_lens, starts, k_scale, v_scale, slopes, sinks, tree,
     out, lse, share_out, share_lse,
-    scale, unit, soft_cap, left, right, seqs, kv_heads,
+    scale, unit, soft_cap, left, right, seqs, kv_heads, band,
     q_token, q_head, k_page, k_slot, k_head, k_channel, v_page, v_slot, v_head, v_channel, table_row, tree_row,
     k_scale_head, v_scale_head,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
@@ -46,6 +46,7 @@ def attend(
     DIM_A + DIM_B channels.  Strides are in elements.  What is None is not there.  Keys are read BLOCK_N at a time where
     every row sees them, else EDGE, which divides BLOCK_N.  A score
     times `unit` is an exponent of 2: unit is log2 e, and where nothing stands between score and softmax, scale too.
+    The tiles of `band` heads begin one after the other, longest first, before those of the next heads.
     WIDE says that a cache reaches 2^31 elements or more, SAME that k_cache and v_cache have the same strides.
 
     WORDS: caches of one byte come as int16, each word two neighbouring channels, and their strides in words; q has 16
@@ -56,8 +57,11 @@ def attend(
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     TREE: tl.constexpr = tree is not None
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last tiles have most to do
-    kv_head, split = tl.program_id(1) // PARTS, tl.program_id(2)
+    count = tl.num_programs(0) // (kv_heads * PARTS)  # of tiles
+    of_band = tl.program_id(0) % (count * band)
+    tile = count - 1 - of_band // band  # under a causal mask the last tiles have most to do
+    part = tl.program_id(0) // (count * band) * band + of_band % band
+    kv_head, split = part // PARTS, tl.program_id(1)
     seq = tile if ONE_TILE else _owner(tile, starts, seqs, TOKENS)
     begin_token = tl.load(starts + seq)
     new = tl.load(starts + seq + 1) - begin_token
@@ -68,7 +72,7 @@ def attend(
 
     row = tl.arange(0, BLOCK_M)
     index = first + row // HEADS  # of the row's token among the new ones
-    in_group = tl.program_id(1) % PARTS * HEADS + row % HEADS
+    in_group = part % PARTS * HEADS + row % HEADS
     real = (row < TOKENS * HEADS) & (index < new) & (in_group < GROUP)
     head = kv_head * GROUP + in_group
     token = begin_token + index
@@ -91,7 +95,7 @@ def attend(
     if TREE:
         full_hi = length - new
     start = lo // BLOCK_N * BLOCK_N  # so that a block of keys lies in one page where pages are large
-    share = tl.cdiv(tl.cdiv(tl.maximum(hi - start, 0), BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(hi - start, 0), BLOCK_N), tl.num_programs(1)) * BLOCK_N
     begin = start + split * share
     end = tl.minimum(begin + share, hi)
     left_edge = tl.maximum(begin, tl.minimum(end, tl.cdiv(full_lo, BLOCK_N) * BLOCK_N))
@@ -209,7 +213,7 @@ def attend(
     at = token.to(tl.int64) * (kv_heads * GROUP) + head
     columns = real[:, None] & (channel_v < V_DIM)
     if SHARES:
-        at = at * tl.num_programs(2) + split
+        at = at * tl.num_programs(1) + split
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(share_out + at[:, None] * V_DIM + channel_v, acc, mask=columns)
         tl.store(share_lse + at, top + tl.log2(total), mask=real)

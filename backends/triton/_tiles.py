@@ -14,6 +14,7 @@ from ._launch import INTERPRETED, blocks, power
 PACKED = ("int4", "mxfp4")
 LARGE_SHARED = 200 << 10  # Hopper's and Blackwell's
 LARGEST_SPLIT = 16
+DEEP = 8192  # columns: long shares hide what it costs to add them
 LARGE_ROWS = 256  # from here on it pays that tensor descriptors are made for every call, some 20 us of the host's time
 
 
@@ -53,12 +54,14 @@ def tiles_few(block_m, features, columns, kind, dot, group, zeros, chip):
     packed = kind in PACKED
     wide = (128 if packed or INTERPRETED else 64) // (1 if large or INTERPRETED else 2)
     wide = min(wide, group or wide)
-    deep = columns >= 8192  # long shares hide what it costs to add them
+    deep = columns >= DEEP
     short = wide < 64 and packed  # slices of a small group: as many bytes shall be on their way
     if INTERPRETED:
         block_n, slices, warps, stages = 128, 4, 4, 3
     elif large:
-        block_n, slices, warps, stages = (32, 8, 8, 3) if short else _few(block_m, features, kind, dot, zeros, chip)
+        block_n, slices, warps, stages = (
+            (32, 8, 8, 3) if short else _few(block_m, features, columns, kind, dot, zeros, chip)
+        )
     else:
         block_n = 16 if kind == "dense" and not deep and features < 64 * chip.processors else 32
         slices, warps, stages = 4, 4, 2
@@ -72,7 +75,7 @@ def tiles_few(block_m, features, columns, kind, dot, group, zeros, chip):
     }  # fmt: skip
 
 
-def _few(block_m, features, kind, dot, zeros, chip):
+def _few(block_m, features, columns, kind, dot, zeros, chip):
     """(BLOCK_N, SLICES, num_warps, num_stages) where shared memory holds what is on its way, as an H100's does."""
     many = features >= 64 * chip.processors  # several tiles a processor, whatever their size
     if kind == "dense":
@@ -80,10 +83,14 @@ def _few(block_m, features, kind, dot, zeros, chip):
     widest = 64 if many and _busy(features, 64, chip) >= _busy(features, 32, chip) else 32
     if kind == "int4" and dot != torch.int8:
         if block_m == 8:
-            return (32, 4, 4, 3) if many else (16, 8, 4, 3) if zeros else (16, 4, 4, 4)
+            return _few_words(features, columns, zeros, chip)
         if features <= 16 * chip.processors:
             return 16, 8, 4, 3
-        return (32, 8, 8, 3) if features <= 32 * chip.processors else (widest, 4, 4, 3)
+        if features <= 32 * chip.processors:
+            return 32, 8, 8, 3
+        if blocks(features, 64) <= chip.processors and _busy(features, 64, chip) > 0.9:  # one program for each
+            return 64, 8, 8, 4 if columns >= DEEP else 3
+        return widest, 4, 4, 3
     if kind == "int4":
         return (widest, 4, 4, 3) if many else (16, 4, 4, 6)
     if block_m == 8 or (dot.itemsize == 1 and not many):
@@ -91,10 +98,22 @@ def _few(block_m, features, kind, dot, zeros, chip):
     return widest, 4, 4, 5
 
 
-def _busy(features, block_n, chip):
-    """The share of processors that have work when the last round of programs begins."""
-    count = blocks(features, block_n)
-    return count / (blocks(count, chip.processors) * chip.processors)
+def _few_words(features, columns, zeros, chip):
+    """The same, of int4 by up to 8 rows."""
+    count = blocks(features, 32)
+    if count < 1.875 * chip.processors:
+        return (16, 8, 4, 3) if zeros else (16, 8, 4, 4) if columns >= DEEP else (16, 4, 4, 4)
+    if count <= 2 * chip.processors:
+        return 32, 4, 4, 4
+    # Three stages leave room for five programs a processor, four for four: the last round should not be nearly empty.
+    fuller = count > 4 * chip.processors and _busy(features, 32, chip, 4) > _busy(features, 32, chip, 5)
+    return 32, 4, 4, 4 if fuller else 3
+
+
+def _busy(features, block_n, chip, each=1):
+    """The share of places for programs, `each` a processor, that are taken when the last round of them begins."""
+    count, places = blocks(features, block_n), each * chip.processors
+    return count / (blocks(count, places) * places)
 
 
 def _split(count, wanted, columns, block_k):

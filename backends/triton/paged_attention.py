@@ -13,6 +13,7 @@ from ._tuned import choose
 TRAITS = {"deterministic": True, "graph_safe": True, "accumulate": "float32"}
 
 SHARE_BYTES = 256 << 20  # of partial results, where the keys of a sequence are shared among programs
+FEW_ROUNDS = 2 if INTERPRETED else 12  # of programs: in tests, both kinds
 FAR = 2**30  # farther than any key is from any query
 
 
@@ -66,8 +67,10 @@ def run(
     in_tile = min(group, tiles["BLOCK_M"])
     per_tile = tiles["BLOCK_M"] // in_tile  # tokens
     one_tile = queries <= per_tile
-    grid = (seqs if one_tile else tokens // per_tile + seqs, kv_heads * blocks(group, in_tile))
-    shares = _shares(chip, tiles, max(seqs, tokens // per_tile) * grid[1], keys, 4 * tokens * heads * v_dim)
+    count, parts = seqs if one_tile else tokens // per_tile + seqs, kv_heads * blocks(group, in_tile)
+    shares = _shares(chip, tiles, max(seqs, tokens // per_tile) * parts, keys, 4 * tokens * heads * v_dim)
+    # In few rounds of programs a long tile that begins late ends last; in many, a head's keys are found in L2.
+    band = 1 if one_tile or count * parts > FEW_ROUNDS * chip.processors else parts
     share_out = share_lse = None
     if shares > 1:
         share_out = torch.empty((tokens, heads, shares, v_dim), dtype=torch.float32, device=q.device)
@@ -86,9 +89,9 @@ def run(
     left, right = window
     right = 0 if causal else right
     launch(
-        attend, (*grid, shares), q, q_in, k_in, v_in, table, seq_lens.contiguous(), cu_seqlens_q.contiguous(),
+        attend, (count * parts, shares), q, q_in, k_in, v_in, table, seq_lens.contiguous(), cu_seqlens_q.contiguous(),
         k_scale, v_scale, slopes, sinks, tree, out, lse, share_out, share_lse,
-        scale, unit, soft_cap or None, min(left, FAR), min(right, FAR), seqs, kv_heads, *q_in.stride()[:2],
+        scale, unit, soft_cap or None, min(left, FAR), min(right, FAR), seqs, kv_heads, band, *q_in.stride()[:2],
         *k_in.stride(), *v_in.stride(), table.stride(0), 0 if tree is None else tree.shape[1],
         _step(k_scale), _step(v_scale),
         GROUP=group, HEADS=in_tile, DIM=dim, DIM_A=dim_a, DIM_B=dim_b, V_DIM=v_dim, 
