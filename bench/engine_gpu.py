@@ -30,7 +30,7 @@ KINDS = {
     RANDOM: ({"dtype": "bfloat16"}, {"quantize": "w4a16_g128"}),
 }
 SEQUENCES = (1, 16)
-MODES = ({"graphs": True}, {"graphs": True, "compile": True}, {"graphs": False})
+MODES = ({"graphs": 64}, {"graphs": 64, "compile": True}, {"graphs": False})
 
 
 def main() -> None:
