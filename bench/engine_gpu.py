@@ -2,6 +2,8 @@
 text, or no number and exit code 1.
 
     python bench/engine_gpu.py --json FILE      written anew after each kind, so that what ran is kept
+    python bench/engine_gpu.py --read           instead, milliseconds to read a prompt of so many tokens: recorded up
+                                                to 64 tokens, to 256, and not at all; how many first tokens are equal
 
 The shipped checkpoint, and random weights of Llama 3.2 1B's shape (written into the cache folder on the first run).
 Decode is 128 tokens after prompts of 96, greedy, for 1 and 16 sequences at once; the best of some rounds counts.  All
@@ -11,6 +13,7 @@ prompts are read in one step, too long for a graph, since steps that are filled 
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -30,22 +33,24 @@ KINDS = {
     RANDOM: ({"dtype": "bfloat16"}, {"quantize": "w4a16_g128"}),
 }
 SEQUENCES = (1, 16)
-MODES = ({"graphs": True}, {"graphs": True, "compile": True}, {"graphs": False})
+MODES = ({"graphs": 64}, {"graphs": 64, "compile": True}, {"graphs": False})
+READ = (8, 32, 64, 65, 96, 128, 192, 256, 257)  # tokens of a prompt
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", default="triton", help="which must answer every call")
     parser.add_argument("--model", choices=tuple(KINDS), help="only this one")
+    parser.add_argument("--read", action="store_true", help="prompts instead of decoding")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU here")
     rows, differ = [], []
     for model in [options.model] if options.model else KINDS:
-        for kind, sequences in itertools.product(KINDS[model], SEQUENCES):
+        for kind, sequences in itertools.product(KINDS[model], (1,) if options.read else SEQUENCES):
             try:
-                found = measure(model, kind, sequences, options.backend)
+                found = (read if options.read else measure)(model, kind, sequences, options.backend)
             except Differ as error:
                 differ.append(str(error))
                 print(error, flush=True)
@@ -64,9 +69,7 @@ class Differ(Exception):
 
 def measure(model: str, kind: dict, sequences: int, backend: str) -> list[dict]:
     """A row for each of MODES.  Differ where their texts do."""
-    if model == RANDOM and not (checkpoint(model) / "config.json").exists():
-        folder().mkdir(mode=0o700, exist_ok=True)
-        random_checkpoint(checkpoint(model))
+    write_checkpoint(model)
     rows, texts = [], []
     for mode in MODES:
         with use(backend, policy="strict"):
@@ -75,6 +78,39 @@ def measure(model: str, kind: dict, sequences: int, backend: str) -> list[dict]:
         texts.append(text)
         if text != texts[0]:
             raise Differ(f"{model} {kind}, {sequences} sequences: {mode} writes another text than {MODES[0]}")
+    return rows
+
+
+def write_checkpoint(model: str) -> None:
+    """If it is not there."""
+    if model == RANDOM and not (checkpoint(model) / "config.json").exists():
+        folder().mkdir(mode=0o700, exist_ok=True)
+        random_checkpoint(checkpoint(model))
+
+
+def read(model: str, kind: dict, sequences: int, backend: str) -> list[dict]:
+    """A row for each way to record: the median milliseconds of prompts of READ tokens, and the memory that it takes."""
+    write_checkpoint(model)
+    rows, first = [], []
+    for graphs in (64, 256, False):
+        torch.cuda.empty_cache()
+        with use(backend, policy="strict"):
+            llm = LLM(checkpoint(model), tokenizer=False, device="cuda", prefix_reuse=False, graphs=graphs, **kind)
+            before, milliseconds, tokens = torch.cuda.memory_reserved(), {}, []
+            for count in READ:
+                prompts = [[3 + 7 * i % 900 for i in range(count)]] * sequences
+                times = []
+                for _ in range(4 + 20):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, ignore_eos=True))
+                    times.append(time.perf_counter() - start)
+                milliseconds[count] = round(1e3 * statistics.median(times[4:]), 3)
+                tokens.append(outputs[0].tokens)
+        first.append(tokens)
+        more = (torch.cuda.memory_reserved() - before) >> 20
+        found = {"ms": milliseconds, "more_mib": more, "first_tokens_equal": sum(map(list.__eq__, tokens, first[0]))}
+        rows.append({"model": model, **kind, "graphs": graphs, "backend": backend, **found})
     return rows
 
 

@@ -3,6 +3,8 @@
     python bench/prefix.py --quick                  a few turns and requests; prints, and writes nothing
     python bench/prefix.py --json FILE --plot FILE  default: bench/results/<device>-prefix.json and .png
     python bench/prefix.py --model PATH             another checkpoint: --json <device>-prefix-<its name>.json
+    python bench/prefix.py --quantize w4a8_g128     its weights rounded: --json <device>-prefix-...-w4a8_g128.json
+    python bench/prefix.py --workload NAME          one of them, beside what FILE knows of the others
 
 Reuse: a chat of 20 turns, each of which sends all that was said before, as text; and requests that share a system
 prompt of some 230 tokens, or of some 1 500.  One request at a time, all of them with the engine's reuse on and then
@@ -22,11 +24,13 @@ import random
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, before torch reads it
 
 import torch
 
@@ -37,7 +41,8 @@ from llmkernels.engine import LLM, SamplingParams, shipped_model
 from llmkernels.engine.intake import Prompt
 from llmkernels.models.tokenizer import read_tokenizer
 
-ROUNDS, TURNS, ANSWER = 3, 20, 24  # ANSWER: tokens of an answer in a chat
+ROUNDS, TURNS = 3, 20
+ANSWER, SHORT = 24, 8  # tokens of an answer in a chat, and to a question behind a system prompt
 CONTIGUOUS, REQUESTS = 8, 96  # sequences of max_length that the cache has room for; requests of sampled lengths
 WORDS = (
     "ls cp mv rm cat grep sed awk sort uniq head tail find tar gzip chmod chown mount kill ps top du df ln touch mkdir"
@@ -67,31 +72,43 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="the directory of a checkpoint; default: the shipped one")
     parser.add_argument("--dtype", default="auto", help="of the model; default: what its checkpoint was saved in")
+    parser.add_argument("--quantize", help="the scheme that its projections are rounded to")
+    parser.add_argument("--quantize-head", help="that of the projection to the vocabulary")
+    parser.add_argument("--workload", choices=WORKLOADS, help="only this one")
     parser.add_argument("--turns", type=int, help=f"of the chat, and requests with one prompt; default: {TURNS}")
     parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = roofline.device_name("cpu")
+    named = [options.model and options.model.name, options.quantize]
     if not options.quick and (place := results.place(device)):
-        name = f"{place.stem}-prefix" + (f"-{options.model.name}" if options.model else "")
+        name = "-".join([f"{place.stem}-prefix", *filter(None, named)])
         options.json = options.json or place.with_name(f"{name}.json")
-        options.plot = options.plot or (None if options.model else place.with_name(f"{name}.png"))
+        options.plot = options.plot or (None if any(named) or options.workload else place.with_name(f"{name}.png"))
     rounds, turns, count = (1, 4, 16) if options.quick else (ROUNDS, TURNS, REQUESTS)
+    rounded = {"quantize": options.quantize, "quantize_head": options.quantize_head}
+    wanted = [options.workload] if options.workload else WORKLOADS
+    report: dict[str, Any] = {}
+    if options.workload and options.json and options.json.exists():
+        known = json.loads(options.json.read_text())
+        report = {name: known[name] for name in ("memory", *WORKLOADS) if name in known}
     with llmkernels.use(policy="silent"):
-        report = measure(options.model, options.dtype, options.rounds or rounds, options.turns or turns)
-        if options.model is None:
+        asked = {"dtype": options.dtype, **rounded}
+        found = measure(options.model, asked, wanted, options.rounds or rounds, options.turns or turns)
+        if not any(named) and not options.workload:
             report["memory"] = memory(count)
     told = [Path(word).name if word == str(options.model) else word for word in sys.argv[1:]]  # no path of this machine
     command = shlex.join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *told])
-    report = {"device": device, "command": command, "versions": status.versions(), "threads": options.threads} | report
-    for name in WORKLOADS:
+    report |= {name: {"command": command, **figures} for name, figures in found.items()}
+    report = {"device": device, "versions": status.versions(), "threads": options.threads} | report
+    for name in wanted:
         total = report[name]["total"]
         print(
             f"{name}: {total['cached_share']:.1%} of {total['prompt_tokens']} tokens cached; time to first token "
             f"{total['off_ms']:.1f} -> {total['on_ms']:.1f} ms, {total['time_saved']:.1%} less; "
             f"{report[name]['different_answers']} answers differ"
         )
-    if kept := report.get("memory"):
+    if (kept := report.get("memory")) and not options.workload:
         print(
             f"memory: {kept['paged_waste']:.1%} of the slots unused in pages, {kept['contiguous_waste']:.1%} "
             f"contiguous; {kept['most_at_once']} sequences at once where contiguous has room for {CONTIGUOUS}"
@@ -102,29 +119,38 @@ def main() -> None:
         draw(report, options.plot)
 
 
-def measure(path: Path | None, dtype: str, rounds: int, turns: int) -> dict[str, Any]:
-    asked: dict[str, Any] = {"tokenizer": path is None, "dtype": dtype, "device": "cpu"}
-    on, off = (LLM(path, **asked, prefix_reuse=kept) for kept in (True, False))
+def measure(
+    path: Path | None, asked: dict[str, Any], workloads: Sequence[str], rounds: int, turns: int
+) -> dict[str, Any]:
+    """asked: the LLM's dtype and how its weights are rounded."""
+    on, off = (LLM(path, tokenizer=path is None, device="cpu", prefix_reuse=kept, **asked) for kept in (True, False))
     words = read_tokenizer(shipped_model(), True)
 
     def sent(text: str) -> Prompt:
         return text if path is None else words.encode(text).ids
 
     questions = [f"user: What does the {COMMANDS[i]} command do?\nassistant:" for i in range(turns)]
-    chat, answers = [sent(questions[0])], []
-    for turn in range(turns):  # what was answered is part of what is sent next
-        answers.append(write(off, chat[turn], None, ANSWER)[0])
-        if turn + 1 < turns:
-            answer = words.decode(answers[turn]) if path is None else answers[turn]
-            chat.append(chat[turn] + answer + sent(f"\n{questions[turn + 1]}"))
-    return {
+    facts = {
         "model": path.name if path else shipped_model().name,
         "rounds": rounds,
-        "dtype": off.config.dtype if dtype == "auto" else dtype,
-        "chat": reuse(on, off, chat, ANSWER, rounds),
-        "shared_prompt": reuse(on, off, [sent(f"system: {SYSTEM}\n{question}") for question in questions], 8, rounds),
-        "long_prompt": reuse(on, off, [sent(f"system: {LONG}\n{question}") for question in questions], 8, rounds),
+        "turns": turns,
+        **asked,
+        "dtype": off.config.dtype if asked["dtype"] == "auto" else asked["dtype"],
     }
+    found = {}
+    for name in workloads:
+        if name == "chat":
+            prompts, answers = [sent(questions[0])], []
+            for turn in range(turns):  # what was answered is part of what is sent next
+                answers.append(write(off, prompts[turn], None, ANSWER)[0])
+                if turn + 1 < turns:
+                    answer = words.decode(answers[turn]) if path is None else answers[turn]
+                    prompts.append(prompts[turn] + answer + sent(f"\n{questions[turn + 1]}"))
+        else:
+            system = {"shared_prompt": SYSTEM, "long_prompt": LONG}[name]
+            prompts = [sent(f"system: {system}\n{question}") for question in questions]
+        found[name] = facts | reuse(on, off, prompts, ANSWER if name == "chat" else SHORT, rounds)
+    return found
 
 
 def write(llm: LLM, prompt: Prompt, salt: str | None, most: int) -> tuple[list[int], float, int]:

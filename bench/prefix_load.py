@@ -17,6 +17,7 @@ that has run for a while.
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from itertools import accumulate, chain, permutations
 from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, before torch reads it
 
 import torch
 from prefix import COMMANDS, LONG, SYSTEM

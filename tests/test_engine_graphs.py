@@ -9,7 +9,7 @@ from llmkernels import discovery, ledger
 from llmkernels.engine import LLM, SamplingParams
 from llmkernels.engine.forward import Forward
 from llmkernels.engine.graphs import DecodeGraphs
-from llmkernels.engine.inputs import MOST_TOKENS, filled, rounded
+from llmkernels.engine.inputs import MOST_ON_A_GPU, MOST_TOKENS, filled, rounded
 from llmkernels.engine.layout import LEAST_PAGES, Layout, table_width
 from llmkernels.models.model import Delta, Model
 
@@ -148,7 +148,7 @@ def layout(counts, pages=1):
 def test_steps_of_several_tokens_are_replayed(counts, adapted):
     """As when guesses are verified: sequences with different numbers of tokens, the last row asked for first."""
     target, found = engine(max_sequences=16, dtype="float32")._runner.target, layout(counts)
-    plain = Forward(target.model, target.cache, target.table, graphs=False)
+    plain = Forward(target.model, target.cache, target.table, graphs=0)
     target.table.array[: len(counts), 0] = torch.arange(len(counts))
     if adapted:
         found.adapters = [i % 3 - 1 for i in range(len(found.tokens))]
@@ -167,7 +167,7 @@ def test_steps_of_several_tokens_are_replayed(counts, adapted):
 def test_one_recording_serves_as_many_tokens_as_fill_up_to_the_same_power_of_two():
     """Recorded with 20 tokens of one sequence, replayed with more, with fewer and with other sequences."""
     target = engine(max_sequences=16)._runner.target
-    plain = Forward(target.model, target.cache, target.table, graphs=False)
+    plain = Forward(target.model, target.cache, target.table, graphs=0)
     target.table.array[:16, :8] = torch.arange(128).view(16, 8)
     for counts in ((20,), (20,), (32,), (17,), (5, 20, 1), (2, 1) * 8, (20,)):
         found = layout(counts, pages=8)
@@ -177,21 +177,59 @@ def test_one_recording_serves_as_many_tokens_as_fill_up_to_the_same_power_of_two
     assert (target.graphs.replayed, target.graphs.plain) == (3, 4)  # the head is another one for 2 rows and for 9
 
 
-@pytest.mark.parametrize("counts", [(1,) * 17, (3,), (4, 1, 3), (20, 1)])
+@pytest.mark.parametrize("counts", [(1,) * 17, (3,), (4, 1, 3), (20, 1), (30, 1, 32, 3), (9,) * 8])
 def test_what_fills_a_step_up_changes_nothing(counts):
     """As it must for CUDA graphs, whose size is fixed."""
     target = engine(max_sequences=16)._runner.target
     target.cache.k.zero_()
-    plain = Forward(target.model, target.cache, target.table, graphs=False)
+    plain = Forward(target.model, target.cache, target.table, graphs=0)
     target.table.array[: len(counts), :8] = torch.arange(8 * len(counts)).view(-1, 8)
     found = layout(counts, pages=8)
     more = filled(found)
-    assert {len(values) for values in (more.tokens, more.positions, more.slots, more.rows)} == {more.starts[-1]}
+    assert {len(values) for values in (more.tokens, more.positions, more.slots)} == {more.starts[-1]}
+    if len(more.tokens) <= MOST_TOKENS:
+        assert more.rows == [*range(more.starts[-1])]
+    else:
+        assert more.rows == found.rows
+        assert len(more.tokens) <= len(found.tokens) * 9 / 8
     assert len(more.lengths) == len(more.starts) - 1
     assert more.most >= max(b - a for a, b in zip(more.starts, more.starts[1:], strict=False))
     want, kept = plain.logits(found).clone(), target.cache.k.clone()
-    torch.testing.assert_close(plain.logits(more)[found.rows], want, rtol=0.02, atol=0.05)
+    logits = plain.logits(more)
+    logits = logits if more.rows == found.rows else logits[found.rows]
+    torch.testing.assert_close(logits, want, rtol=0.02, atol=0.05)
     assert torch.equal(target.cache.k, kept)
+
+
+def kept_whole(run, memory):
+    """As `capture`, for a device that has no graphs: the same arrays each time, filled by running again."""
+    results = run()
+
+    def replay(tokens, sequences):
+        for there, now in zip(results, run(), strict=True):
+            there.copy_(now)
+
+    return replay, results
+
+
+@pytest.mark.parametrize("most", [MOST_TOKENS, MOST_ON_A_GPU])
+def test_steps_of_a_fixed_size_give_what_plain_ones_do(most, monkeypatch):
+    """Those of CUDA graphs: chunks of prompts alone and beside others, of whose rows only some have logits."""
+    monkeypatch.setattr("llmkernels.engine.graphs.capture", kept_whole)
+    target = engine(max_sequences=16, dtype="float32", graphs=most)._runner.target
+    target.graphs._fixed = True
+    plain = Forward(target.model, target.cache, target.table, graphs=0)
+    target.table.array[:16, :32] = torch.arange(512).view(16, 32)
+    for counts in ((100,), (97,), (104,), (70, 1, 1, 20), (72, 1, 1, 20), (90, 1, 1, 1), (3, 1), (3, 1), (3, 1)):
+        for chosen in (slice(None, 2), slice(0)):
+            found = layout(counts, pages=32)
+            found.rows = found.rows[chosen]
+            want = plain.logits(found).clone()
+            logits = target.logits(found)
+            assert logits.shape == want.shape
+            torch.testing.assert_close(logits, want)
+    counted = target.graphs.replayed, target.graphs.plain
+    assert counted == ((4, 2) if most == MOST_TOKENS else (11, 7))  # the first two of each kind, and of the head
 
 
 def test_few_sizes_occur():

@@ -39,6 +39,35 @@ def test_a_seed_gives_its_text_whatever_the_batch(llm):
     assert llm.generate(PROMPTS[0], sampled(drawn.seed))[0].tokens == drawn.tokens
 
 
+@pytest.mark.parametrize(("kind", "step"), [("int8", 1.0), ("float8_e4m3fn", 1 / 8)])
+def test_a_batch_moves_a_quantized_key_to_a_neighbouring_code_at_most(kind, step):
+    """Where a last bit, which another batch rounds otherwise, decides between two codes; so a seed's text may differ.
+
+    Held value by value in the first layer, and by how many there are in those behind, which read what it changed.
+    """
+    llm = LLM(dtype="float32", kv_cache_dtype=kind, prefix_reuse=False)
+    cache, prompts = llm.forwards[0].cache, [(prompt * 9)[: 70 * i] for i, prompt in enumerate(PROMPTS, 1)]
+
+    def held(group):
+        outputs = [llm.add(prompt, sampled())[0] for prompt in group]
+        llm.step()
+        kept = []
+        for output in outputs:
+            pages, count = output._sequence.pages, output._sequence.settled
+            assert count == len(output.prompt_tokens)
+            kept += [array.float()[:, pages].flatten(1, 2)[:, :count] for array in (cache.k, cache.v)]
+            llm.abort(output)
+        return kept
+
+    together = held(prompts)
+    alone = [array for prompt in prompts for array in held([prompt])]
+    for one, both in zip(alone, together, strict=True):
+        most = step if kind == "int8" else step * one[0].abs() + 2**-9
+        assert ((one[0] - both[0]).abs() <= most).all()
+    moved = sum(int((one != both).sum()) for one, both in zip(alone, together, strict=True))
+    assert moved < sum(map(torch.numel, alone)) / 100
+
+
 def test_preemption_changes_no_text(llm):
     tight = LLM(dtype="float32", kv_cache_pages=8, page_size=4, max_batch_tokens=8)
     wish = sampled(max_tokens=18)

@@ -10,6 +10,9 @@ namespace llmkernels::LLMKERNELS_ISA {
 
 constexpr int kFewChannels = 4;  // multiplied at once: they share each load of x
 constexpr int kFewRowsAtOnce = kRegisters == 32 ? 4 : 2;
+// Beyond that, with 16 registers, more rows of x share what it costs to widen a row of the weight.  No sum changes by that.
+constexpr int kMoreRowsAtOnce = kRegisters == 32 ? kFewRowsAtOnce : 6;
+constexpr int kFewerChannels = kRegisters == 32 ? kFewChannels : 2;
 constexpr int kFewDense = 64;        // rows up to which a dense weight is read as it lies
 constexpr int64_t kStretch = 2048;   // bytes of a row of the weight: with as many of x, half the first cache
 
@@ -97,13 +100,22 @@ LLMKERNELS_INLINE void dots(const T* const (&weight)[Channels], const Input* x, 
   for (int row = 0; row < Rows; ++row) std::memcpy(totals + row * kPanel, found + row * Channels, Channels * sizeof(float));
 }
 
+// The same for a number of rows that is no constant.
+template <int Most, int Channels, int Lines, class T, class Input>
+LLMKERNELS_INLINE void dots_of(int rows, const T* const (&weight)[Channels], const Input* x, int64_t x_stride,
+                               const Stretch& stretch, Ahead<Lines>& ahead, float* kept, float* totals) {
+  if (rows == Most) return dots<Most>(weight, x, x_stride, stretch, ahead, kept, totals);
+  if constexpr (Most > 1) dots_of<Most - 1>(rows, weight, x, x_stride, stretch, ahead, kept, totals);
+}
+
+// All rows, at most Most of them at once; with 16 registers shared out evenly, since one or two alone keep few sums.
 template <int Most, int Channels, int Lines, class T, class Input>
 LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input* x, int64_t x_stride,
                                  const Stretch& stretch, int rows, Ahead<Lines>& ahead, float* kept, float* totals) {
-  if constexpr (Most > 0) {
-    for (; rows >= Most; rows -= Most, x += Most * x_stride, totals += Most * kPanel, kept += Most * Channels * kLanes)
-      dots<Most>(weight, x, x_stride, stretch, ahead, kept, totals);
-    dots_most<Most - 1>(weight, x, x_stride, stretch, rows, ahead, kept, totals);
+  for (int passes = ceil_div(rows, Most); passes > 0; --passes) {
+    const int now = kRegisters == 32 ? least(Most, rows) : ceil_div(rows, passes);
+    dots_of<Most>(now, weight, x, x_stride, stretch, ahead, kept, totals);
+    rows -= now, x += now * x_stride, totals += now * kPanel, kept += now * Channels * kLanes;
   }
 }
 
@@ -111,16 +123,16 @@ LLMKERNELS_INLINE void dots_most(const T* const (&weight)[Channels], const Input
 // spread over the rows of x, so that memory has work as long as arithmetic has; behind the last ones those of the panel
 // that this thread takes next, if all are equally fast.  Where rows of x take turns over long rows of the weight, they do
 // so stretch by stretch, which stay in the first cache.
-template <int Lines, class T, class Input>
+template <int Most, int Channels, int Lines, class T, class Input>
 void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* kept,
                         float* totals) {
   const T* values = static_cast<const T*>(call.values);
-  const int64_t bytes = most<int64_t>(kFewChannels * call.values_stride * sizeof(T), 1);
-  const int later = kFewChannels * int(least<int64_t>(kPanel / kFewChannels, ceil_div(int64_t{2 * kAhead}, bytes)));
-  const int64_t length = rows > kFewRowsAtOnce ? kStretch / int64_t(sizeof(T)) : most<int64_t>(call.columns, 1);
-  for (int channel = 0; channel < kPanel; channel += kFewChannels) {
-    const T* weight[kFewChannels];
-    for (int c = 0; c < kFewChannels; ++c)
+  const int64_t bytes = most<int64_t>(Channels * call.values_stride * sizeof(T), 1);
+  const int later = Channels * int(least<int64_t>(kPanel / Channels, ceil_div(int64_t{2 * kAhead}, bytes)));
+  const int64_t length = rows > Most ? kStretch / int64_t(sizeof(T)) : most<int64_t>(call.columns, 1);
+  for (int channel = 0; channel < kPanel; channel += Channels) {
+    const T* weight[Channels];
+    for (int c = 0; c < Channels; ++c)
       weight[c] = values + most<int64_t>(call.feature(panel, channel + c), 0) * call.values_stride;
     const int then = channel + later;
     const int64_t soon = call.feature(panel + then / kPanel * call.threads, then % kPanel);
@@ -130,7 +142,7 @@ void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& 
     for (; !stretch.last; stretch.begin = stretch.end, stretch.first = false) {
       stretch.last = call.columns - stretch.begin < 2 * length;  // no short one at the end
       stretch.end = stretch.last ? call.columns : stretch.begin + length;
-      dots_most<kFewRowsAtOnce>(weight, x.at(0, first), x.line, stretch, rows, ahead, kept, totals + channel);
+      dots_most<Most>(weight, x.at(0, first), x.line, stretch, rows, ahead, kept, totals + channel);
     }
   }
 }
@@ -139,10 +151,12 @@ template <class T, class Input>
 void multiply_dense_few(const GemmCall& call, int64_t panel, const Rows<Input>& x, int64_t first, int rows, float* kept,
                         float* totals) {
   const int passes = ceil_div(rows, kFewRowsAtOnce);  // over each row of the weight
-  if (passes == 1) return multiply_dense_few<kFewChannels, T>(call, panel, x, first, rows, kept, totals);
-  if (passes < kFewChannels)
-    return multiply_dense_few<ceil_div(kFewChannels, 2), T>(call, panel, x, first, rows, kept, totals);
-  multiply_dense_few<1, T>(call, panel, x, first, rows, kept, totals);
+  if (passes == 1)
+    return multiply_dense_few<kFewRowsAtOnce, kFewChannels, kFewChannels, T>(call, panel, x, first, rows, kept, totals);
+  if (kRegisters == 32 && passes < kFewChannels)
+    return multiply_dense_few<kFewRowsAtOnce, kFewChannels, ceil_div(kFewChannels, 2), T>(call, panel, x, first, rows, kept,
+                                                                                          totals);
+  multiply_dense_few<kMoreRowsAtOnce, kFewerChannels, 1, T>(call, panel, x, first, rows, kept, totals);
 }
 
 // totals[rows][64] += one chunk of a panel, for many rows; `scratch` holds a panel of the chunk.

@@ -12,6 +12,7 @@ import torch._dynamo
 
 from llmkernels.engine.cache import KVCache
 from llmkernels.engine.graphs import DecodeGraphs
+from llmkernels.engine.inputs import MOST_ON_A_GPU, MOST_TOKENS
 from llmkernels.engine.layout import Layout
 from llmkernels.engine.tables import BlockTable
 from llmkernels.models.model import Batch, Model
@@ -23,15 +24,18 @@ KINDS = 64  # of steps that are compiled; torch's own limit of 8 would end the e
 class Forward:
     """A model and its cache, over a block table.
 
-    graphs: its steps of few tokens, where they are to be recorded and replayed.
+    graphs: up to how many tokens its steps are recorded and replayed: see DecodeGraphs.most; True: as many as are worth
+        it; 0: none.  Many tokens are recorded in two parts, but compiled in one.
     compiled: whether torch.compile goes over the model first.
     """
 
-    def __init__(self, model: Model, cache: KVCache, table: BlockTable, graphs: bool, compiled: bool = False):
+    def __init__(self, model: Model, cache: KVCache, table: BlockTable, graphs: bool | int, compiled: bool = False):
         self.model, self.cache, self.table, self.compiled = model, cache, table, compiled
         self.decode = self._compiled() if compiled else model.decode
         recorded = model.decode if model.device.type == "cpu" else self.decode
-        self.graphs = DecodeGraphs(model, cache, table, recorded) if graphs else None
+        if graphs is True:
+            graphs = MOST_TOKENS if compiled or model.device.type == "cpu" else MOST_ON_A_GPU
+        self.graphs = DecodeGraphs(model, cache, table, recorded, graphs) if graphs else None
 
     def logits(self, layout: Layout, hidden: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
         """[samples vocab]: the logits of the rows that the layout asks for; the next step may overwrite them.

@@ -12,7 +12,7 @@ ones are replayed.
     on a GPU    a CUDA graph, where every implementation that answered declares the trait graph_safe.  Its size is
                 fixed, so steps are filled up to few sizes with rows that have no keys and no slot: they read nothing
                 but token 0, and write nothing.  One token each gives the bits of a plain step; several give them up to
-                roundoff, as other batch sizes do.
+                roundoff, as other batch sizes do.  There short chunks of prompts are steps of few tokens as well.
 
 Each replay is counted in the ledger as the calls it stands for.  What answers a step is asked for anew under other
 settings (`use`), and where a caller wants calls checked or noted, the step runs as any other.
@@ -29,7 +29,7 @@ import torch
 
 from llmkernels import discovery, ledger
 from llmkernels.engine.cache import KVCache
-from llmkernels.engine.inputs import MOST_TOKENS, Inputs, filled
+from llmkernels.engine.inputs import Inputs, filled, rounded
 from llmkernels.engine.layout import Layout, round_up, table_width
 from llmkernels.engine.recording import Replay, Results, capture, record, refusal, resized
 from llmkernels.engine.tables import BlockTable
@@ -55,18 +55,17 @@ class Step:
 class DecodeGraphs:
     """The recorded steps of a model and its cache, over a block table that stays where it is.
 
-    decode: Model.decode, or what torch.compile makes of it.
-    replayed, plain: steps of few tokens that were replayed, and that were not.  refused: reason -> plain steps because
-    of it.
+    decode: Model.decode, or what torch.compile makes of it.  most: tokens of a step with several for a sequence.
+    replayed, plain: steps of few tokens that were, and that were not.  refused: reason -> plain steps because of it.
     """
 
-    def __init__(self, model: Model, cache: KVCache, table: BlockTable, decode: Callable[..., torch.Tensor]):
+    def __init__(self, model: Model, cache: KVCache, table: BlockTable, decode: Callable[..., torch.Tensor], most: int):
         assert table.static
-        self.model, self.cache, self.decode = model, cache, decode
+        self.model, self.cache, self.decode, self.most = model, cache, decode, most
         self.replayed = self.plain = 0
         self.refused: Counter[str] = Counter()
         self._fixed = model.device.type != "cpu"
-        self._inputs = Inputs(table, model)
+        self._inputs = Inputs(table, model, most)
         self._steps: dict[Hashable, Step] = {}
         self._memory: Any = torch.cuda.graph_pool_handle() if self._fixed else []
         _ALIVE.add(self)
@@ -76,10 +75,12 @@ class DecodeGraphs:
 
         They are overwritten by the next step.
         """
+        if (several := layout.most > 1) and len(layout.tokens) > self.most:
+            return None
         wanted = layout.rows
         layout = filled(layout) if self._fixed else layout
         tokens, sequences = len(layout.tokens), len(layout.lengths)
-        if layout.most > 1 and tokens > MOST_TOKENS:
+        if several and (tokens > self.most or sequences > self._inputs.arrays.table.shape[0]):
             return None
         settings = current()
         if settings.checked or settings.recorder:
@@ -97,17 +98,24 @@ class DecodeGraphs:
         else:  # the head has a recording of its own, of as many rows as are asked for
             form = *form, "states"
             states, replayed = self._run(form, lambda: model.states(x, batch(), self.cache), tokens, sequences)
-            count = len(layout.rows)
-            if not count:
-                return x.new_empty(0, model.config.vocab)
-            rows, ends = torch.tensor(layout.rows), [end[:count] for end in inputs.ends]
-            for state, end in zip(states, ends, strict=True):
-                torch.index_select(state, 0, rows, out=end)
-            (logits,), too = self._run(("head", round_up(count)), lambda: (model.logits(*ends),), count, 1)
+            logits, too = self._head(states, layout.rows)
             replayed = replayed and too
         self.replayed += replayed
         self.plain += not replayed
-        return logits if layout.rows == wanted else logits[torch.tensor(wanted, device=logits.device)]
+        return logits if layout.rows == wanted else logits[wanted]
+
+    def _head(self, states: Results, rows: list[int]) -> tuple[torch.Tensor, bool]:
+        """The logits of these rows of what the last layer gave, and whether they were replayed."""
+        count, device = len(rows), states[0].device
+        if not count:
+            return states[0].new_empty(0, self.model.config.vocab), True
+        most, kind = (rounded(count),) * 2 if self._fixed else (count, round_up(count))
+        ends = [end[:most] for end in self._inputs.ends]
+        chosen = torch.tensor(rows + [0] * (most - count), device=device)
+        for state, end in zip(states, ends, strict=True):
+            torch.index_select(state, 0, chosen, out=end)
+        (logits,), replayed = self._run(("head", kind), lambda: (self.model.logits(*ends),), most, 1)
+        return logits[:count] if most > count else logits, replayed
 
     def _run(self, form: Hashable, run: Callable[[], Results], tokens: int, sequences: int) -> tuple[Results, bool]:
         """What `run` gives, and whether it was replayed.  It is recorded the second time that one of its kind runs."""

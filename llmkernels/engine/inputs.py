@@ -8,7 +8,8 @@ from llmkernels.engine.layout import Arrays, Layout, round_up
 from llmkernels.engine.tables import BlockTable
 from llmkernels.models.model import Model
 
-MOST_TOKENS = 64  # of a step with several for a sequence; beyond, the work outweighs Python
+MOST_TOKENS = 64  # of a step with several for a sequence; beyond, on a CPU, the work outweighs Python
+MOST_ON_A_GPU = 256
 PARTS = "tokens", "positions", "slots", "adapters", "sees", "lengths", "starts"  # of a layout, as its arrays stand
 MOST_EXACT = 6  # tokens for each sequence on average that are not filled up to the next 8
 
@@ -16,15 +17,15 @@ MOST_EXACT = 6  # tokens for each sequence on average that are not filled up to 
 class Inputs:
     """The static arrays of steps: as a step sees them, and as Python fills them.
 
-    arrays: of steps.  x: [tokens hidden], where a replay finds their embeddings.  ends: x
-    and residual of the rows whose logits are asked for, where they are not all.
+    most: tokens of a step with several for a sequence.  arrays: of steps.  x: [tokens hidden], where a replay finds
+    their embeddings.  ends: x and residual of the rows whose logits are asked for, where they are not all.
     """
 
-    def __init__(self, table: BlockTable, model: Model):
+    def __init__(self, table: BlockTable, model: Model, most: int):
         place = model.device
         pin = place.type == "cuda"
         sequences = len(table.array)
-        count = max(sequences, MOST_TOKENS)
+        count = max(sequences, most)
         long = torch.zeros(3, count, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
         adapters = torch.zeros(count, dtype=torch.int32, pin_memory=pin)
         sees = torch.zeros(count, 1, dtype=torch.uint32, pin_memory=pin)
@@ -49,11 +50,15 @@ def filled(layout: Layout) -> Layout:
 
     one token each     sequence 0 | sequence 1 | ... | of no sequence, a token each
     several            sequence 0: its tokens | sequence 1: fewer | ... | one that has no keys and the tokens left over
+
+    More than MOST_TOKENS hold a chunk of a prompt: of its logits hardly any are wanted, so only those are asked for.
     """
     tokens, own = len(layout.tokens), len(layout.lengths)
     sequences, each = rounded(own), -(-tokens // own)
     each = each if each <= MOST_EXACT else -(-each // 8) * 8
     more = sequences * each - tokens
+    if large := layout.most > 1 and tokens + more > MOST_TOKENS:
+        sequences, more = round_up(own), rounded(tokens) - tokens
     if layout.most > 1:
         starts = [*layout.starts, *[tokens] * (sequences - own), tokens + more]
     else:
@@ -68,7 +73,7 @@ def filled(layout: Layout) -> Layout:
         starts=starts,
         lengths=layout.lengths + [0] * (len(starts) - 1 - own),
         most=round_up(max(layout.most, more)) if layout.most > 1 else 1,
-        rows=[*range(tokens + more)],
+        rows=layout.rows if large else [*range(tokens + more)],
     )
 
 

@@ -93,9 +93,8 @@ class Intake:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop is given and this LLM has tokenizer=False; give stop_token_ids, or tokenizer=<path>")
         for tokens in (ids, params.stop_token_ids, params.logit_bias):
-            if not (
-                {*map(type, tokens)} <= {int} and 0 <= min(tokens, default=0) <= max(tokens, default=0) < self.vocab
-            ):
+            whole = {*map(type, tokens)} <= {int}
+            if not (whole and 0 <= min(tokens, default=0) <= max(tokens, default=0) < self.vocab):
                 wrong = next(t for t in tokens if type(t) is not int or not 0 <= t < self.vocab)
                 raise ValueError(f"{wrong!r} is not a token id; this model's are 0 to {self.vocab - 1}")
         if len(ids) >= self.max_length:

@@ -44,7 +44,8 @@ class LLM:
         max_length: tokens of a prompt and its answer at most; None is the checkpoint's context.
         prefix_reuse: keep the keys of what was read and written, and find them again where a prompt begins alike.
         speculation: guess tokens ahead, by a draft model, by n-grams, or both; the texts stay the same.
-        graphs: record decode steps and replay them: the same results with less work between the kernels.
+        graphs: record steps of few tokens and replay them: the same results with less work between the kernels.  A
+            number: up to how many tokens, where one token each is no limit; True is 64 on a CPU and 256 on a GPU.
         compile: run the model through torch.compile; the first step of each kind waits for it, seconds to a minute.
 
     Raises:
@@ -69,11 +70,12 @@ class LLM:
         max_length: int | None = None,
         prefix_reuse: bool = True,
         speculation: Speculation | None = None,
-        graphs: bool = True,
+        graphs: bool | int = True,
         compile: bool = False,
     ):
         sizes = {"page_size": page_size, "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
-        for name, size in (sizes | {"kv_cache_pages": kv_cache_pages, "max_length": max_length}).items():
+        optional = {"kv_cache_pages": kv_cache_pages, "max_length": max_length, "graphs": graphs or None}
+        for name, size in (sizes | optional).items():
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} is {size!r}; give an integer of at least 1")
         checkpoint = Checkpoint(shipped_model() if model_path is None else model_path)
@@ -104,7 +106,7 @@ class LLM:
         cache = KVCache(self.config, pages, page_size, cache_dtype, place)
         if cached in CACHE_DTYPES:
             calibrate(model, cache)
-        self._runner = Runner(model, cache, (max_sequences, length) if graphs else None, compile)
+        self._runner = Runner(model, cache, (max_sequences, length, graphs) if graphs else (), compile)
         self._runner.speculator = build_speculator(speculation, draft, self.max_length, self._runner.target)
         self._adapters = Adapters(model, self._scheduler)
         known = self.tokenizer, self.config.vocab, self.max_length, checkpoint.end_tokens

@@ -49,8 +49,7 @@ class Adapters:
             return self._named[name]
         if any(adapter.name == name for adapter in self._leaving):
             raise ValueError(f"adapter {name!r} is being unloaded; load it again to use it")
-        known = ", ".join(self._named) or "none"
-        raise ValueError(f"there is no adapter {name!r}; loaded are: {known}")
+        raise ValueError(f"there is no adapter {name!r}; loaded are: {', '.join(self._named) or 'none'}")
 
     def load(self, name: str, path: str | Path) -> None:
         """Read an adapter; a CheckpointError (a ValueError) leaves everything as it was."""

@@ -51,7 +51,8 @@ def build_speculator(
     kind, device = draft.config.dtype, target.model.device
     model = load(draft, kind, device, length)
     cache = KVCache(draft.config, target.cache.k.shape[1], target.cache.page_size, DTYPES[kind], device)
-    return Speculator(wish, Forward(model, cache, target.table, target.graphs is not None, target.compiled))
+    recorded = target.graphs.most if target.graphs else 0
+    return Speculator(wish, Forward(model, cache, target.table, recorded, target.compiled))
 
 
 def default_params(generation: dict[str, Any]) -> SamplingParams:

@@ -22,7 +22,7 @@ class SamplingParams:
     top_k: only the k most likely tokens; 0 keeps all.
     top_p: only the most likely tokens that together reach this probability; 1 keeps all.
     min_p: only tokens at least this many times as likely as the most likely one; 0 keeps all.
-    seed: the same seed gives the same text, whatever else is in the batch; None draws one.
+    seed: the same seed gives the same text, whatever else is in the batch, up to roundoff; None draws one.
     repetition_penalty: logits of tokens in the prompt or the answer are divided by it if positive, multiplied if
         negative: CTRL, https://arxiv.org/abs/1909.05858.  1 changes nothing.
     presence_penalty: is taken off the logits of tokens that the answer holds.

@@ -32,8 +32,7 @@ class Mean:
     def mean(self) -> list[float]:
         """Divided by its length, so that a dot product of two is the cosine between them."""
         assert self._sum is not None
-        vector: list[float] = torch.nn.functional.normalize(self._sum, dim=0).tolist()
-        return vector
+        return [*torch.nn.functional.normalize(self._sum, dim=0).tolist()]
 
 
 def deliver(chunks: Sequence[Chunk], hidden: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ def _package(backend: str) -> Any:
 
 def resized(array: torch.Tensor, rows: int) -> torch.Tensor:
     """The same memory as an array of so many rows."""
-    return array if len(array) == rows else array.as_strided((rows, *array.shape[1:]), array.stride())
+    return array if array.shape[0] == rows else array.as_strided((rows, *array.shape[1:]), array.stride())
 
 
 def record(

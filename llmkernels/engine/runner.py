@@ -23,18 +23,19 @@ CALIBRATION = 256  # tokens that decide the scales of a quantized cache
 class Runner:
     """What runs a step: a model, and who guesses ahead of it, if anybody does.
 
-    recorded: for so many sequences of so many tokens at most steps are recorded; None: none are.
+    recorded: for so many sequences of so many tokens at most steps are recorded, and up to how many in all those with
+        several for a sequence (Forward's graphs); empty: none are.
     compiled: whether torch.compile goes over the model first.
     """
 
-    def __init__(self, model: Model, cache: KVCache, recorded: tuple[int, int] | None = None, compiled: bool = False):
-        self.table = BlockTable()
+    def __init__(self, model: Model, cache: KVCache, recorded: tuple[int, ...] = (), compiled: bool = False):
+        self.table, graphs = BlockTable(), 0
         if recorded:
-            sequences, length = recorded
+            sequences, length, graphs = recorded
             pages, pinned = table_width(-(-length // cache.page_size)), model.device.type == "cuda"
             most = rounded(2 * sequences)  # beams come on top, as many at most
             self.table = BlockTable(most, pages, static=True, pinned=pinned)
-        self.target = Forward(model, cache, self.table, bool(recorded), compiled)
+        self.target = Forward(model, cache, self.table, graphs, compiled)
         self.speculator: Speculator | None = None
 
     def run(self, chunks: Row[Chunk]) -> list[list[Chosen]]:
