@@ -11,6 +11,7 @@ prompts are read in one step, too long for a graph, since steps that are filled 
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -93,6 +94,8 @@ def read(model: str, kind: dict, sequences: int, backend: str) -> list[dict]:
     write_checkpoint(model)
     rows, first = [], []
     for graphs in (64, 256, False):
+        llm = None
+        gc.collect()  # of the LLM before
         torch.cuda.empty_cache()
         with use(backend, policy="strict"):
             llm = LLM(checkpoint(model), tokenizer=False, device="cuda", prefix_reuse=False, graphs=graphs, **kind)
