@@ -19,7 +19,7 @@ from ._tiles import divisor
 STRIP = tile_rows(jnp.int8)
 ROWS = 256  # of a block: between the peaks of its strips and their values others fill the bundles
 AT_ONCE = 4096  # columns
-LOOKED_AT = 256  # columns of a strip, for its peak
+LOOKED_AT = 2 * LANES  # columns of a strip, for its peak; half, and half the rows, where registers hold float32
 WHOLE = 1.5 * 2**23  # a number within 2 ** 22 of zero, added to it, has no fraction left
 
 
@@ -31,7 +31,7 @@ def rounded_rows(x, scale, *, short, interpret):
         short: whether the chip has arithmetic of 16 bits.
     """
     rows, columns = x.shape
-    m = divisor(rows, ROWS, STRIP)
+    m = divisor(rows, ROWS if short else ROWS // 2, STRIP)
     given = [] if scale is None else [scale.astype(jnp.float32).reshape(1, 1)]
     return pl.pallas_call(
         functools.partial(_round, bool(given), short),
@@ -49,7 +49,7 @@ def _round(given, short, x, *refs):
     *known, values, scales = refs
     rows, width = x.shape[0], divisor(x.shape[1], AT_ONCE, LANES)
     strips = [pl.ds(first, STRIP) for first in range(0, rows, STRIP)]
-    turns, looked_at = x.shape[1] // width, divisor(width, LOOKED_AT, LANES)
+    turns, looked_at = x.shape[1] // width, divisor(width, LOOKED_AT if short else LANES, LANES)
     kind = x.dtype if short else jnp.dtype(jnp.float32)
 
     def larger(i, peaks):
