@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from .. import emulated
 from .._rounding import STORED, rounded, scaled
 from . import _nibbles
+from ._bytes import rounded_rows
 from ._chips import current, interpreter
-from ._numbers import carried, multiplied_as
+from ._numbers import LANES, carried, multiplied_as
 from ._product import Kind, choose, product
 
 GATED = ("swiglu", "geglu")
@@ -45,8 +46,17 @@ def linear(
     x, row_scale = normalised(x.reshape(-1, columns), norm, norm_weight, norm_bias, eps)
     scheme, chip = getattr(weight, "scheme", None), current()
     kind = kind_of(scheme, dtype, columns, activation, chip)
-    x_scales = None
-    if scheme is not None and scheme.activation:
+    values, scales, zeros = (weight, None, None) if scheme is None else parts(weight)
+    blocks, few = _blocks(chip, kind, x.shape[0], out, zeros is not None)
+    rows, x_scales = x.shape[0], None
+    if scheme is not None and kind.dot == jnp.int8 and blocks.whole:
+        x = x if row_scale is None else x.astype(jnp.float32) * row_scale[:, None]
+        x = jnp.pad(x, ((0, -rows % blocks.m), (0, -columns % LANES)))
+        x, row_scale = rounded_rows(
+            x, weight.input_scale, short=chip.matrix > LANES, interpret=interpreter() if emulated() else False
+        )
+        x, row_scale = x[:rows, :columns], row_scale[:rows]
+    elif scheme is not None and scheme.activation:
         x = x.astype(jnp.float32) * (1.0 if row_scale is None else row_scale[:, None])
         to = STORED[scheme.activation]
         ratio, x_scales = scaled(x, to, scheme.activation_group, weight.input_scale)
@@ -54,8 +64,6 @@ def linear(
         row_scale, x_scales = (None, x_scales) if scheme.activation_group else (x_scales[:, 0], None)
     if scheme is not None and weight.permutation is not None:  # stored column j belongs to feature permutation[j]
         x = jnp.take(x, weight.permutation, axis=1)
-    values, scales, zeros = (weight, None, None) if scheme is None else parts(weight)
-    blocks, few = _blocks(chip, kind, x.shape[0], out, zeros is not None)
     options = {"row_scale": row_scale, "bias": bias, "out_dtype": multiplied_as(dtype)}
     options |= {"kind": kind, "blocks": blocks, "interpret": interpreter() if emulated() else False}
     if few:

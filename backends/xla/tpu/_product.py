@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ._activations import activated
 from ._numbers import LANES, SUBLANES, cleared, multiply, tile_rows
 from ._stored import CHUNK, PACKED, chunks_of, column, factors_of, first_of, group_of, in_stored_order, stored_lane
 from ._tiles import divisor, lanes, power
@@ -42,8 +43,9 @@ class Blocks:
         stacks: whether x, cleared for each group of a chunk, is one tall factor.
         unpacked: features that are made into what is multiplied at a time, before they are; 0 where all in one go.
         whole: whether a block is made into what is multiplied, with the scales of its groups, before any of it is.
-        unrolled: of such a block, runs that stand one after the other in the program, or in one turn of a loop.
-        early: whether its features are made while those before them are multiplied.
+        turn: of such a block, features that are multiplied in one piece of program, so that their bundles fill.
+        early: whether of such a turn what is multiplied is made there too, or of the whole block before.
+        finishes: whether the last sums of such a block are scaled by rows, and stored, as they come.
     """
 
     m: int
@@ -55,8 +57,9 @@ class Blocks:
     stacks: bool
     unpacked: int
     whole: bool
-    unrolled: int
+    turn: int
     early: bool
+    finishes: bool
     vmem: int
     vmem_limit: int
 
@@ -95,7 +98,7 @@ def product(
         scales: float32 [N groups]; [N 1] where a scale serves a row; None for a dense weight.
         zeros: [N groups], of int4 uint8, else float32.
         x_scales: float32 [M groups], of x rounded in groups.
-        row_scale: float32 [M], what a row of the sum is multiplied by: 1 / rms, or the scale of a rounded row.
+        row_scale: float32 [M], of whole blocks also [M LANES]: what the sums of a row are multiplied by.
     """
     rows, features = x.shape[0], values.shape[0] // kind.parts
     m, n, k = blocks.m, blocks.n, blocks.k
@@ -134,8 +137,10 @@ def product(
         operands.append(jnp.pad(x_scales, ((0, padded_rows - rows), (0, width - x_scales.shape[1]))))
         specs.append(pl.BlockSpec((m, width), lambda i, j, s: (i, 0)))
     if row_scale is not None:
-        operands.append(jnp.pad(row_scale.reshape(rows, 1), ((0, padded_rows - rows), (0, 0))))
-        specs.append(pl.BlockSpec((m, 1), lambda i, j, s: (i, 0)))
+        wide = LANES if blocks.whole else 1
+        row_scale = jnp.broadcast_to(row_scale.reshape(rows, -1), (rows, wide))
+        operands.append(jnp.pad(row_scale, ((0, padded_rows - rows), (0, 0))))
+        specs.append(pl.BlockSpec((m, wide), lambda i, j, s: (i, 0)))
     if bias is not None:
         operands.append(bias.astype(jnp.float32).reshape(kind.parts, features))
         specs.append(pl.BlockSpec((kind.parts, n), lambda i, j, s: (0, j)))
@@ -144,7 +149,7 @@ def product(
     direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
     scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
     if blocks.whole:
-        scratch += [] if direct else [pltpu.VMEM((n, k), kind.dot)]
+        scratch += [] if direct else [pltpu.VMEM((blocks.turn if blocks.early else n, k), kind.dot)]
     elif blocks.unpacked and not direct:
         scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
@@ -176,8 +181,8 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     step = pl.program_id(2)
     rows, features, width, run = x.shape[0], w.shape[1], w.shape[2], blocks.run
 
-    at_once = blocks.unrolled * run
-    alone = blocks.whole and steps == 1 and at_once >= x.shape[1]  # the first run's sums are stored as they are
+    alone = blocks.whole and steps == 1  # the first run's sums are stored as they are
+    packing = 2 if kind.weight in PACKED else 1
 
     if not alone:
 
@@ -185,45 +190,52 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
         def _():
             acc[...] = jnp.zeros_like(acc)
 
+    finishes = alone and kind.parts == 1 and (blocks.finishes or row_scale is None)
+
+    def finish(own, sums):
+        value = sums.astype(jnp.float32)
+        if scales is not None and not kind.group:
+            value *= scales[0, 0, 0, own][None, :]
+        if row_scale is not None:
+            value *= jnp.concatenate([row_scale[...]] * (value.shape[1] // LANES), 1)
+        if bias is not None:
+            value += bias[0, own][None, :]
+        y[:, own] = activated([value], kind.activation).astype(y.dtype)
+
     def multiply_whole(part):
-        """All columns of the block, of a weight that was made into what is multiplied."""
-        factor = unpacked[0] if unpacked else w.at[part]
-
-        def unpack(_, own):
-            taken, less = (None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros))
-            for at in range(0, width, CHUNK):
-                for first, chunk in factors_of(kind, w.at[part, own], taken, less, at, step, stored):
-                    factor[own, first : first + CHUNK] = chunk
-
-        def multiply_piece(down, own):
-            def multiply_columns(at):
-                columns = pl.ds(at, run)
-                sums = multiply(x[down, columns], factor[own, columns], transposed=True)
-                acc[part, down, own] = (
-                    sums if alone and isinstance(at, int) and at == 0 else acc[part, down, own] + sums
-                )
-
-            if at_once >= x.shape[1]:
-                for at in range(0, x.shape[1], run):
-                    multiply_columns(at)
-            else:
-
-                @pl.loop(0, x.shape[1] // at_once)
-                def _(i):
-                    for at in range(0, at_once, run):
-                        multiply_columns(pl.multiple_of(i * at_once + at, run))
-
+        """All columns of the block.  A weight that is not multiplied as it is stored is made into that on the way."""
+        turn, runs = blocks.turn, range(0, x.shape[1], run)
         grouped = scales if kind.group else None
-        if unpacked and blocks.early:  # in one piece of program, so that they meet in its bundles
-            for begin in range(0, features + blocks.width, blocks.width):
-                for own in range(begin, min(begin + blocks.width, features), blocks.unpacked):
-                    unpack(None, pl.ds(own, blocks.unpacked))
-                if begin:
-                    multiply_piece(pl.ds(0, rows), pl.ds(begin - blocks.width, blocks.width))
-            return
-        if unpacked:
-            _for_pieces(1, features, 1, blocks.unpacked, unpack)
-        _for_pieces(rows, features, blocks.height, blocks.width, multiply_piece)
+
+        def make(begin, place, at, length):
+            own = pl.ds(begin, blocks.unpacked)
+            taken, less = (None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros))
+            for stored_column in range(at // packing, (at + length) // packing, CHUNK):
+                for place_in_row, chunk in factors_of(kind, w.at[part, own], taken, less, stored_column, step, stored):
+                    unpacked[0][pl.ds(place, blocks.unpacked), place_in_row : place_in_row + CHUNK] = chunk
+
+        def multiply_piece(begin, place, at):
+            own, columns = pl.ds(begin, blocks.width), pl.ds(at, run)
+            factor = unpacked[0][pl.ds(place, blocks.width), columns] if unpacked else w[part, own, columns]
+            sums = multiply(x[:, columns], factor, transposed=True)
+            if not (alone and at == 0):
+                sums = acc[part, :, own] + sums
+            if finishes and at + run == x.shape[1]:
+                finish(own, sums)
+            else:
+                acc[part, :, own] = sums
+
+        def multiply_turn(begin):
+            for first in range(0, turn, blocks.width):
+                for at in runs:
+                    for f in range(first, first + blocks.width, blocks.unpacked) if unpacked and blocks.early else ():
+                        make(_after(begin, f, blocks.unpacked), f, at, run)
+                    own = _after(begin, first, blocks.width)
+                    multiply_piece(own, first if blocks.early else own, at)
+
+        if unpacked and not blocks.early:
+            _in_turns(features, blocks.unpacked, lambda begin: make(begin, begin, 0, x.shape[1]))
+        _in_turns(features, turn, multiply_turn)
 
     def multiply_run(at, part):
         """The run of stored columns that begins at `at`; the weight of many rows is unpacked before."""
@@ -265,6 +277,8 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     else:  # a loop keeps one run's registers apart from the next one's
         pl.loop(0, width // run)(lambda i: multiply_runs(pl.multiple_of(i * run, run)))
 
+    if finishes:
+        return
     height = min(x.shape[0], EPILOGUE_ROWS)
 
     @pl.when(step == steps - 1)
@@ -278,9 +292,20 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
                 if scales is not None and not kind.group:
                     value *= scales[0, 0, part][None, :]
                 if row_scale is not None:
-                    value *= row_scale[rows]
+                    value *= row_scale[rows, :1]
                 z.append(value if bias is None else value + bias[part][None, :])
             y[rows] = activated(z, kind.activation).astype(y.dtype)
+
+
+def _in_turns(features, turn, do):
+    if turn == features:
+        do(0)
+    else:
+        pl.loop(0, features // turn)(lambda i: do(pl.multiple_of(i * turn, turn)))
+
+
+def _after(begin, first, unit):
+    return begin + first if isinstance(begin, int) else pl.multiple_of(begin + first, unit)
 
 
 def _for_pieces(rows, features, height, width, do):
@@ -317,31 +342,6 @@ def _add(kind, blocks, part, at, x, chunk, scales, x_scales, acc, step):
     acc[part] += total
 
 
-def activated(z, activation):
-    """act(z[0]), times z[1] of a gated one; float32."""
-    value = ACTIVATIONS[activation](z[0])
-    return value * z[1] if len(z) > 1 else value
-
-
-def _gelu(z):
-    return 0.5 * z * (1.0 + lax.erf(z * 0.5**0.5))
-
-
-def _gelu_tanh(z):
-    return 0.5 * z * (1.0 + jnp.tanh((2 / jnp.pi) ** 0.5 * (z + 0.044715 * z * z * z)))
-
-
-ACTIVATIONS = {
-    "none": lambda z: z,
-    "silu": lambda z: z / (1.0 + jnp.exp(-z)),
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": lambda z: jnp.where(z < 0, 0.0, z),
-    "swiglu": lambda z: z / (1.0 + jnp.exp(-z)),
-    "geglu": _gelu,
-}
-
-
 def choose(chip, *, rows, features, columns, kind, zeros):
     """Sizes of a step.  Few rows: the weight is read once and copies bound the time, so its blocks are large and few.
     Many rows: as many as fit, since the weight is read, and unpacked, once for each BM of them."""
@@ -359,6 +359,9 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     bare = bare and m <= EPILOGUE_ROWS  # few bundles a byte: larger blocks
     at_once = bare and m == SUBLANES  # sums of all features and columns of a block fit the registers
     n = min(power(max(features, LANES)), (128 if stacked else 1024 if bare else 512) // kind.parts)
+    large = chip.matrix > LANES and chip.longest == LONGEST  # sums go through registers, and one scale serves a row
+    if whole and (large or kind.parts > 1) and not kind.group:
+        n = min(power(max(features, LANES)), 1024 // kind.parts)
     n = max(n, LANES)
     k = min(power(max(columns, least)), 4096 if whole or bare else 2048)
 
@@ -381,14 +384,17 @@ def choose(chip, *, rows, features, columns, kind, zeros):
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
         k //= 2
-    height = m if m <= FEW or whole else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
     direct = size == stored and not zeros
-    early = whole and not direct and chip.matrix == LANES
+    height = m if m <= FEW or whole else divisor(m, 32 if stacked and tight else HEIGHT, EPILOGUE_ROWS)
     live = n if at_once else chip.features[zeros]  # beyond few rows, of a piece's sum
-    width = max(LANES, min(n, live if m <= FEW else n if whole else 4 * chip.registers))
-    width = min(width, chip.matrix) if whole and not (direct and size == 1) else width
-    unrolled = (chip.runs if size == 1 else 1) if direct else k // run(k)
+    width = max(LANES, min(n, live if m <= FEW else chip.matrix if whole else 4 * chip.registers))
+    bytes_at_once = whole and direct and size == 1 and chip.longest > LONGEST
+    width = n if bytes_at_once else width
+    turn = n if chip.longest > LONGEST and not kind.group else max(width, n // 2)
+    turn = width if zeros or (chip.longest > LONGEST and kind.group) else turn
+    early = whole and not (large and kind.group)
+    finishes = chip.longest == LONGEST
     unpacked = UNPACKED // kind.parts if m > FEW else width if tight and packed else 0
     return Blocks(
-        m, n, k, height, width, run(k), not tight, unpacked, whole, unrolled, early, vmem(k), chip.vmem_limit
+        m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, vmem(k), chip.vmem_limit
     )  # fmt: skip

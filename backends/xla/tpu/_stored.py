@@ -73,7 +73,7 @@ def _spread(kind, numbers, at):
 def in_stored_order(x, interpret):
     """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones."""
     rows, columns = x.shape
-    height, width = divisor(rows, 512, tile_rows(x.dtype)), divisor(columns, 2048, 2 * LANES)
+    height, width = divisor(rows, 128, tile_rows(x.dtype)), divisor(columns, 4096, 2 * LANES)
     spec = pl.BlockSpec((height, width), lambda i, j: (i, j))
     return pl.pallas_call(
         _part_lanes, grid=(rows // height, columns // width), in_specs=[spec], out_specs=spec,
@@ -90,12 +90,15 @@ def _part_lanes(x, y):
     def _(i):
         own = pl.ds(pl.multiple_of(i * height, height), height)
         for at in range(0, x.shape[1], 2 * LANES):
-            pair = [pltpu.bitcast(x[own, at + i : at + i + LANES], jnp.int32) for i in (0, LANES)]
-            lane = lax.broadcasted_iota(jnp.int32, pair[0].shape, 1)
-            left, even = lane < LANES // 2, (lane & (LANES // 2 - 1)) * 2
-            for odd in range(2):
-                first, second = (lane_taken(words, even + odd) for words in pair)
-                y[own, pl.ds(at + odd * LANES, LANES)] = pltpu.bitcast(jnp.where(left, first, second), x.dtype)
+            first, second = (pltpu.bitcast(x[own, at + i : at + i + LANES], jnp.int32) for i in (0, LANES))
+            lane = lax.broadcasted_iota(jnp.int32, first.shape, 1)
+            even, order = (lane & 1) == 0, (lane & (LANES // 2 - 1)) * 2 + (lane >> 6)
+            mixed = (
+                jnp.where(even, first, pltpu.roll(second, 1, 1)),  # the second's even ones beside the first's
+                jnp.where(even, pltpu.roll(first, LANES - 1, 1), second),
+            )
+            for i, words in enumerate(mixed):
+                y[own, pl.ds(at + i * LANES, LANES)] = pltpu.bitcast(lane_taken(words, order), x.dtype)
 
 
 def lane_taken(words, lane):

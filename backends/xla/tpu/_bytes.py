@@ -1,0 +1,92 @@
+"""Rows of x rounded to int8 before a product of many rows: while a block of rows lies in VMEM, its peaks, then values.
+
+A row's scale comes as a row of 128 lanes, as the product's epilogue wants it.  Of a row that is not finite the scale is
+NaN, and so is all that the product makes of it: its values may be anything.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .._rounding import LARGEST, LOWEST, SMALLEST
+from ._numbers import LANES, tile_rows
+from ._tiles import divisor
+
+STRIP = tile_rows(jnp.int8)
+ROWS = 256  # of a block: between the peaks of its strips and their values others fill the bundles
+AT_ONCE = 4096  # columns
+LOOKED_AT = 2 * LANES  # columns of a strip, for its peak; half, and half the rows, where registers hold float32
+WHOLE = 1.5 * 2**23  # a number within 2 ** 22 of zero, added to it, has no fraction left
+
+
+def rounded_rows(x, scale, *, short, interpret):
+    """(int8 [rows columns], scales float32 [rows LANES]) of x bfloat16 or float32, rows in strips, columns in lanes.
+
+    Args:
+        scale: float32 [1], calibrated, or None.
+        short: whether the chip has arithmetic of 16 bits.
+    """
+    rows, columns = x.shape
+    m = divisor(rows, ROWS if short else ROWS // 2, STRIP)
+    given = [] if scale is None else [scale.astype(jnp.float32).reshape(1, 1)]
+    return pl.pallas_call(
+        functools.partial(_round, bool(given), short),
+        grid=(rows // m,),
+        in_specs=[pl.BlockSpec((m, columns), lambda i: (i, 0)), *[pl.BlockSpec((1, 1), lambda i: (0, 0))] * len(given)],
+        out_specs=[pl.BlockSpec((m, columns), lambda i: (i, 0)), pl.BlockSpec((m, LANES), lambda i: (i, 0))],
+        out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.int8), jax.ShapeDtypeStruct((rows, LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        name="rounded_rows",
+        interpret=interpret,
+    )(x, *given)
+
+
+def _round(given, short, x, *refs):
+    *known, values, scales = refs
+    rows, width = x.shape[0], divisor(x.shape[1], AT_ONCE, LANES)
+    strips = [pl.ds(first, STRIP) for first in range(0, rows, STRIP)]
+    turns, looked_at = x.shape[1] // width, divisor(width, LOOKED_AT if short else LANES, LANES)
+    kind = x.dtype if short else jnp.dtype(jnp.float32)
+
+    def larger(i, peaks):
+        largest = []
+        for strip, peak in zip(strips, peaks, strict=True):
+            for at in range(0, width, looked_at):
+                peak = jnp.maximum(peak, jnp.abs(x[strip, columns(i, at, looked_at)].astype(kind)))
+            largest.append(peak)
+        return tuple(largest)
+
+    def columns(i, at, length):
+        begin = i * width + at
+        return pl.ds(begin if isinstance(i, int) else pl.multiple_of(begin, LANES), length)
+
+    found = tuple(jnp.zeros((STRIP, looked_at), kind) for _ in strips)
+    found = larger(0, found) if turns == 1 else lax.fori_loop(0, turns, larger, found)
+    factors = []
+    for strip, peak in zip(strips, found, strict=True):
+        peaks = [peak[:, at : at + LANES].astype(jnp.float32) for at in range(0, looked_at, LANES)]
+        peak = functools.reduce(jnp.maximum, peaks)
+        peak = jnp.max(jnp.where(peak < jnp.inf, peak, jnp.inf), axis=1, keepdims=True)
+        peak = jnp.broadcast_to(peak, (STRIP, LANES))
+        one = jnp.broadcast_to(known[0][...], peak.shape) if given else peak / LARGEST["int8"]
+        one = one if given else jnp.where(one < SMALLEST, 1.0, one)
+        scales[strip, :] = jnp.where(peak < jnp.inf, one, jnp.nan)
+        factors.append(1.0 / one)
+
+    def store(i):
+        for strip, factor in zip(strips, factors, strict=True):
+            for at in range(0, width, LANES):
+                own = columns(i, at, LANES)
+                ratio = x[strip, own].astype(jnp.float32) * factor
+                if given:
+                    ratio = jnp.clip(ratio, LOWEST["int8"], LARGEST["int8"])
+                values[strip, own] = lax.bitcast_convert_type(ratio + WHOLE, jnp.int32).astype(jnp.int8)
+
+    if turns == 1:
+        store(0)
+    else:
+        pl.loop(0, turns)(store)
