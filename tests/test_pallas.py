@@ -66,7 +66,9 @@ MANY_ROWS = [
 FEW_ROWS = [
     ("quantized_gemm", "w4a16_g64", {"rows": 20, "out": 200, "in_": 640}),
     ("quantized_gemm", "w4a16", {"rows": 3, "out": 200, "in_": 4480}),
+    ("quantized_gemm", "w4a16", {"rows": 8, "out": 1100, "in_": 1300}),
     ("quantized_gemm", "w8a8", {"rows": 3, "out": 200, "in_": 4480}),
+    ("norm_linear_activation", "w4a16", GATED | {"rows": 5}),
     ("norm_linear_activation", "w4a16_g128", GATED | {"rows": 9}),
 ]
 
