@@ -222,7 +222,7 @@ def _stack(kind, blocks, x, tall, less):
 
 
 def _apart(kind, blocks, x, words, less):
-    """x [m k] as bfloat16 [2 m, k / 2], even columns above odd ones, in words [m, k / 2]; less [m, 128], of them all."""
+    """x [m k] as bfloat16 [2 m, k / 2], even columns above odd ones, in words [m, k / 2]; less [m, 128] of them all."""
     half = blocks.m // 2
     lane = lax.broadcasted_iota(jnp.int32, (blocks.m, LANES), 1)
     left, even = lane[:half] < LANES // 2, (lane & (LANES // 2 - 1)) * 2
