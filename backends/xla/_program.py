@@ -90,6 +90,8 @@ def _in_32_bits(run, *arrays, **options):
 
     Integers beyond become the nearest int32: outside of what anything indexes, as they were.
     """
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        return run(*arrays, **options)
     arrays, options = jax.tree.map(_narrowed, (arrays, options))
     with jax.enable_x64(False):
         return run(*arrays, **options)
