@@ -66,7 +66,9 @@ MANY_ROWS = [
 FEW_ROWS = [
     ("quantized_gemm", "w4a16_g64", {"rows": 20, "out": 200, "in_": 640}),
     ("quantized_gemm", "w4a16", {"rows": 3, "out": 200, "in_": 4480}),
+    ("quantized_gemm", "w4a16", {"rows": 8, "out": 1100, "in_": 1300}),
     ("quantized_gemm", "w8a8", {"rows": 3, "out": 200, "in_": 4480}),
+    ("norm_linear_activation", "w4a16", GATED | {"rows": 5}),
     ("norm_linear_activation", "w4a16_g128", GATED | {"rows": 9}),
 ]
 
@@ -160,6 +162,42 @@ def test_kernels_are_exported_for_tpus_without_libtpu():
     done = subprocess.run([sys.executable, "-c", EXPORT], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize("op", ["paged_attention", "write_kv", "rotary_embedding", "quantized_gemm"])
+def test_kernels_count_in_32_bits_where_jax_has_64(op):
+    import jax
+
+    from llmkernels import testing
+    from llmkernels.discovery import emulated
+    from llmkernels.registry import OPS
+
+    contract = OPS[op].contract
+    with jax.enable_x64(True), emulated("xla"):
+        results = (testing.check(contract, "bfloat16", case, "xla") for case in contract.cases)
+        taken = next(result for result in results if result.verdict != "refused")
+    assert taken.verdict == "passed", str(taken)
+
+
+def test_kernels_take_64_bits_in_a_trace():
+    """Slots beyond 32 bits are none; and the program for a TPU has the kernel, whose scalars are int32."""
+    import jax
+    import jax.numpy as jnp
+    from jax import export
+
+    from llmkernels import jax_api
+    from llmkernels.discovery import emulated
+
+    cache = jax_api.allocate_cache(8, 16, 2, 128, jnp.float32)
+    with jax.enable_x64(True):
+        slots = jnp.array([2**32, 1, 2**32 + 17])
+
+        def written(slots):
+            return jax_api.write_kv(jnp.ones((3, 2, 128), "float32"), None, cache, None, slots)
+
+        with emulated("xla"):
+            assert float(jax.jit(written)(slots).sum()) == 256
+        assert "tpu_custom_call" in export.export(jax.jit(lambda x: written(x)), platforms=["tpu"])(slots).mlir_module()
 
 
 def test_a_kept_schedule_is_read(tmp_path):

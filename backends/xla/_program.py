@@ -4,6 +4,7 @@ from functools import cache, partial
 from importlib import import_module, util
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from . import emulated
@@ -34,7 +35,7 @@ def chosen(op, *arrays, **options):
         return PALLAS
     given = [x for x in jax.tree.leaves([arrays, options]) if isinstance(x, jax.Array)]
     traced = any(isinstance(x, jax.core.Tracer) for x in given)
-    if not given or kernel(op) is None or _wide() or not (traced or _on_tpu(given[0])):
+    if not given or kernel(op) is None or not (traced or _on_tpu(given[0])):
         return PLAIN
     if [*kernel(op).takes(*arrays, **options)] or not _pays(op, *arrays, **options):
         return PLAIN
@@ -47,19 +48,12 @@ def notes(op, call):
     described = {name: _described(x) for name, x in call.items()}
     if kernel(op) is None:
         yield "on a TPU: plain XLA; there is no Pallas kernel of this op"
-    elif _wide():
-        yield "on a TPU: plain XLA; the Pallas kernels count in 32 bits: leave jax_enable_x64 unset"
     elif refused := [*kernel(op).takes(**described)]:
         yield f"on a TPU: plain XLA; the Pallas kernel does not take it: {refused[0][1]}"
     elif not _pays(op, **described):
         yield "on a TPU: plain XLA, which does as well by itself for arrays of this size"
     else:
         yield f"on a TPU: Pallas, {kernel(op).plan(**described)}"
-
-
-def _wide():
-    """Whether jax counts in 64 bits, which TPUs do not have: some kernels cannot be traced then."""
-    return jax.config.jax_enable_x64  # type: ignore[attr-defined]
 
 
 def _pays(op, *arrays, **options):
@@ -85,10 +79,29 @@ class Program:
 
     def _answer(self, arrays, named, *, options, which):
         plain = partial(_call, self.plain, dict(options))
-        pallas = partial(_call, getattr(kernel(self.op), "run", None), dict(options))
+        pallas = partial(_call, partial(_in_32_bits, getattr(kernel(self.op), "run", None)), dict(options))
         if which == EITHER:
             return lax.platform_dependent(arrays, named, tpu=pallas, default=plain)
         return (pallas if which == PALLAS else plain)(arrays, named)
+
+
+def _in_32_bits(run, *arrays, **options):
+    """A Pallas kernel, traced without jax_enable_x64: TPUs count in 32 bits, and each Python int would be wider.
+
+    Integers beyond become the nearest int32: outside of what anything indexes, as they were.
+    """
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        return run(*arrays, **options)
+    arrays, options = jax.tree.map(_narrowed, (arrays, options))
+    with jax.enable_x64(False):
+        return run(*arrays, **options)
+
+
+def _narrowed(x):
+    if getattr(x, "dtype", None) != jnp.int64:
+        return x
+    bounds = jnp.iinfo(jnp.int32)
+    return jnp.clip(x, bounds.min, bounds.max).astype(jnp.int32)
 
 
 def _call(function, options, arrays, named):
