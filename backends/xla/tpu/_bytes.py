@@ -75,15 +75,14 @@ def _round(given, short, x, *refs):
         one = jnp.broadcast_to(known[0][...], peak.shape) if given else peak / LARGEST["int8"]
         one = one if given else jnp.where(one < SMALLEST, 1.0, one)
         scales[strip, :] = jnp.where(peak < jnp.inf, one, jnp.nan)
-        factors.append(1.0 / one)
+        factors.append(one if given else 1.0 / one)  # any number may be given, also one whose reciprocal is none
 
     def store(i):
         for strip, factor in zip(strips, factors, strict=True):
             for at in range(0, width, LANES):
                 own = columns(i, at, LANES)
-                ratio = x[strip, own].astype(jnp.float32) * factor
-                if given:
-                    ratio = jnp.clip(ratio, LOWEST["int8"], LARGEST["int8"])
+                number = x[strip, own].astype(jnp.float32)
+                ratio = jnp.clip(number / factor, LOWEST["int8"], LARGEST["int8"]) if given else number * factor
                 values[strip, own] = lax.bitcast_convert_type(ratio + WHOLE, jnp.int32).astype(jnp.int8)
 
     if turns == 1:
