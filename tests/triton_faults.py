@@ -66,8 +66,8 @@ FAULTS = {
         "tl.minimum(begin + share, hi)", "tl.minimum(begin + share - BLOCK_N, hi)", "long decode"
     ),
     "tiles of the last sequence belong to the one before": attention("(seq < seqs)", "(seq < seqs - 1)", "mixed"),
-    "a band's heads are all its first": attention("of_band % band", "of_band % band * 0", "chunk"),
-    "every head has the tiles of the first": attention("(count * band) * band +", "(count * band) * 0 +", "mixed"),
+    "a band's heads are all its first": attention("tl.program_id(0) % band", "0", "chunk"),
+    "every head has the tiles of the first": attention("tl.program_id(1) * band", "0", "mixed"),
     "every tile begins at the first token": attention(
         "(tile - (begin_token // TOKENS + seq)) * TOKENS", "0 * TOKENS", "long prefill", "prefill"
     ),

@@ -57,11 +57,13 @@ def attend(
     TOKENS: tl.constexpr = BLOCK_M // HEADS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     TREE: tl.constexpr = tree is not None
-    count = tl.num_programs(0) // (kv_heads * PARTS)  # of tiles
-    of_band = tl.program_id(0) % (count * band)
-    tile = count - 1 - of_band // band  # under a causal mask the last tiles have most to do
-    part = tl.program_id(0) // (count * band) * band + of_band % band
-    kv_head, split = part // PARTS, tl.program_id(1)
+    # Under a causal mask the last tiles have most to do.
+    if ONE_TILE:
+        tile, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    else:
+        tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // band
+        part = tl.program_id(1) * band + tl.program_id(0) % band
+    kv_head, split = part // PARTS, tl.program_id(2)
     seq = tile if ONE_TILE else _owner(tile, starts, seqs, TOKENS)
     begin_token = tl.load(starts + seq)
     new = tl.load(starts + seq + 1) - begin_token
@@ -95,7 +97,7 @@ def attend(
     if TREE:
         full_hi = length - new
     start = lo // BLOCK_N * BLOCK_N  # so that a block of keys lies in one page where pages are large
-    share = tl.cdiv(tl.cdiv(tl.maximum(hi - start, 0), BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(hi - start, 0), BLOCK_N), tl.num_programs(2)) * BLOCK_N
     begin = start + split * share
     end = tl.minimum(begin + share, hi)
     left_edge = tl.maximum(begin, tl.minimum(end, tl.cdiv(full_lo, BLOCK_N) * BLOCK_N))
@@ -213,7 +215,7 @@ def attend(
     at = token.to(tl.int64) * (kv_heads * GROUP) + head
     columns = real[:, None] & (channel_v < V_DIM)
     if SHARES:
-        at = at * tl.num_programs(1) + split
+        at = at * tl.num_programs(2) + split
         acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(share_out + at[:, None] * V_DIM + channel_v, acc, mask=columns)
         tl.store(share_lse + at, top + tl.log2(total), mask=real)
