@@ -90,7 +90,8 @@ def run(
     right = 0 if causal else right
     launch(
         attend, (count * band, parts // band, shares), q,
-        q_in, k_in, v_in, table, seq_lens.contiguous(), cu_seqlens_q.contiguous(), k_scale, v_scale, slopes, sinks, tree, out, lse, share_out, share_lse,
+        q_in, k_in, v_in, table, seq_lens.contiguous(), cu_seqlens_q.contiguous(),
+        k_scale, v_scale, slopes, sinks, tree, out, lse, share_out, share_lse,
         scale, unit, soft_cap or None, min(left, FAR), min(right, FAR), seqs, kv_heads, band, *q_in.stride()[:2],
         *k_in.stride(), *v_in.stride(), table.stride(0), 0 if tree is None else tree.shape[1],
         _step(k_scale), _step(v_scale),
