@@ -359,8 +359,9 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     bare = bare and m <= EPILOGUE_ROWS  # few bundles a byte: larger blocks
     at_once = bare and m == SUBLANES  # sums of all features and columns of a block fit the registers
     n = min(power(max(features, LANES)), (128 if stacked else 1024 if bare else 512) // kind.parts)
-    large = chip.matrix > LANES and chip.longest == LONGEST  # sums go through registers, and one scale serves a row
-    if whole and (large or kind.parts > 1) and not kind.group:
+    large = chip.matrix > LANES and chip.longest == LONGEST  # sums go through registers
+    before = kind.group or (kind.weight == "fp8" and size > 1)  # what is made of such a weight takes registers too
+    if whole and (large or kind.parts > 1) and not (before if large else kind.group):  # one scale serves a row
         n = min(power(max(features, LANES)), 1024 // kind.parts)
     n = max(n, LANES)
     k = min(power(max(columns, least)), 4096 if whole or bare else 2048)
@@ -392,7 +393,7 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     width = n if bytes_at_once else width
     turn = n if chip.longest > LONGEST and not kind.group else max(width, n // 2)
     turn = width if zeros or (chip.longest > LONGEST and kind.group) else turn
-    early = whole and not (large and kind.group)
+    early = whole and not (large and before) and not (kind.group and kind.parts > 1 and chip.longest > LONGEST)
     finishes = chip.longest == LONGEST
     unpacked = UNPACKED // kind.parts if m > FEW else width if tight and packed else 0
     return Blocks(
