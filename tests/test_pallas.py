@@ -111,6 +111,14 @@ def check_product(op, scheme, sizes, like, monkeypatch):
     assert result.verdict == "passed", str(result)
 
 
+@pytest.mark.parametrize("columns", [4096, 28672, 131072])
+def test_blocks_of_rounded_rows_fit_vmem(columns):
+    rounding, chips = (import_module(f"llmkernels.backends.xla.tpu.{name}") for name in ("_bytes", "_chips"))
+    for chip in (chip for chip in chips.CHIPS.values() if chip.registers >= 64):  # v4 rounds by plain XLA
+        for size in (2, 4):
+            assert 2 * rounding.height(512, columns, size, chip) * columns * (size + 1) < chip.vmem_limit, chip
+
+
 @pytest.mark.parametrize("case", ["fp8_block, rms, everything", "w4a16_g32_zp, rms"])
 def test_interpreted_products_agree_with_the_oracle(case):
     from llmkernels import testing

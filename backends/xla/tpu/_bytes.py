@@ -23,15 +23,15 @@ LOOKED_AT = 2 * LANES  # columns of a strip, for its peak; half, and half the ro
 WHOLE = 1.5 * 2**23  # a number within 2 ** 22 of zero, added to it, has no fraction left
 
 
-def rounded_rows(x, scale, *, short, interpret):
+def rounded_rows(x, scale, *, chip, interpret):
     """(int8 [rows columns], scales float32 [rows LANES]) of x bfloat16 or float32, rows in strips, columns in lanes.
 
     Args:
         scale: float32 [1], calibrated, or None.
-        short: whether the chip has arithmetic of 16 bits.
     """
     rows, columns = x.shape
-    m = divisor(rows, ROWS if short else ROWS // 2, STRIP)
+    short = chip.matrix > LANES  # it has arithmetic of 16 bits
+    m = height(rows, columns, x.dtype.itemsize, chip)
     given = [] if scale is None else [scale.astype(jnp.float32).reshape(1, 1)]
     return pl.pallas_call(
         functools.partial(_round, bool(given), short),
@@ -39,10 +39,16 @@ def rounded_rows(x, scale, *, short, interpret):
         in_specs=[pl.BlockSpec((m, columns), lambda i: (i, 0)), *[pl.BlockSpec((1, 1), lambda i: (0, 0))] * len(given)],
         out_specs=[pl.BlockSpec((m, columns), lambda i: (i, 0)), pl.BlockSpec((m, LANES), lambda i: (i, 0))],
         out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.int8), jax.ShapeDtypeStruct((rows, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=chip.vmem_limit),
         name="rounded_rows",
         interpret=interpret,
     )(x, *given)
+
+
+def height(rows, columns, size, chip):
+    """Rows of a block, of which VMEM holds two: x in numbers of `size` bytes, and bytes."""
+    fitting = chip.vmem_limit // 2 // (2 * columns * (size + 1))
+    return divisor(rows, max(STRIP, min(ROWS if chip.matrix > LANES else ROWS // 2, fitting)), STRIP)
 
 
 def _round(given, short, x, *refs):

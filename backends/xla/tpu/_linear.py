@@ -52,9 +52,7 @@ def linear(
     if scheme is not None and kind.dot == jnp.int8 and blocks.whole:
         x = x if row_scale is None else x.astype(jnp.float32) * row_scale[:, None]
         x = jnp.pad(x, ((0, -rows % blocks.m), (0, -columns % LANES)))
-        x, row_scale = rounded_rows(
-            x, weight.input_scale, short=chip.matrix > LANES, interpret=interpreter() if emulated() else False
-        )
+        x, row_scale = rounded_rows(x, weight.input_scale, chip=chip, interpret=interpreter() if emulated() else False)
         x, row_scale = x[:rows, :columns], row_scale[:rows]
     elif scheme is not None and scheme.activation:
         x = x.astype(jnp.float32) * (1.0 if row_scale is None else row_scale[:, None])

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ._activations import activated
 from ._numbers import LANES, SUBLANES, cleared, multiply, tile_rows
+from ._pieces import after, for_pieces, in_turns
 from ._stored import CHUNK, PACKED, chunks_of, column, factors_of, first_of, group_of, in_stored_order, stored_lane
 from ._tiles import divisor, lanes, power
 
@@ -229,13 +229,13 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
             for first in range(0, turn, blocks.width):
                 for at in runs:
                     for f in range(first, first + blocks.width, blocks.unpacked) if unpacked and blocks.early else ():
-                        make(_after(begin, f, blocks.unpacked), f, at, run)
-                    own = _after(begin, first, blocks.width)
+                        make(after(begin, f, blocks.unpacked), f, at, run)
+                    own = after(begin, first, blocks.width)
                     multiply_piece(own, first if blocks.early else own, at)
 
         if unpacked and not blocks.early:
-            _in_turns(features, blocks.unpacked, lambda begin: make(begin, begin, 0, x.shape[1]))
-        _in_turns(features, turn, multiply_turn)
+            in_turns(features, blocks.unpacked, lambda begin: make(begin, begin, 0, x.shape[1]))
+        in_turns(features, turn, multiply_turn)
 
     def multiply_run(at, part):
         """The run of stored columns that begins at `at`; the weight of many rows is unpacked before."""
@@ -261,9 +261,9 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
 
         together = kept and rows == blocks.height and blocks.unpacked == blocks.width
         if kept and not together:
-            _for_pieces(1, features, 1, blocks.unpacked, unpack)
+            for_pieces(1, features, 1, blocks.unpacked, unpack)
         for which in range(len(kept)) if kept and 0 < kind.group < CHUNK else [None]:
-            _for_pieces(rows, features, blocks.height, blocks.width, functools.partial(multiply_piece, which=which))
+            for_pieces(rows, features, blocks.height, blocks.width, functools.partial(multiply_piece, which=which))
 
     def multiply_runs(at):
         for part in range(kind.parts):
@@ -295,30 +295,6 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
                     value *= row_scale[rows, :1]
                 z.append(value if bias is None else value + bias[part][None, :])
             y[rows] = activated(z, kind.activation).astype(y.dtype)
-
-
-def _in_turns(features, turn, do):
-    if turn == features:
-        do(0)
-    else:
-        pl.loop(0, features // turn)(lambda i: do(pl.multiple_of(i * turn, turn)))
-
-
-def _after(begin, first, unit):
-    return begin + first if isinstance(begin, int) else pl.multiple_of(begin + first, unit)
-
-
-def _for_pieces(rows, features, height, width, do):
-    """do(rows, features) for pieces of a block, in a loop: so the registers of one are apart from those of the next."""
-    across = features // width
-    if rows == height and across == 1:
-        do(pl.ds(0, rows), pl.ds(0, features))
-        return
-
-    @pl.loop(0, rows // height * across)
-    def _(i):
-        own = pl.ds(pl.multiple_of(lax.rem(i, across) * width, width), width)
-        do(pl.ds(pl.multiple_of(lax.div(i, across) * height, height), height), own)
 
 
 def _add(kind, blocks, part, at, x, chunk, scales, x_scales, acc, step):
