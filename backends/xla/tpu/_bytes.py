@@ -74,14 +74,8 @@ def _round(given, short, x, *refs):
     found = larger(0, found) if turns == 1 else lax.fori_loop(0, turns, larger, found)
     factors = []
     for strip, peak in zip(strips, found, strict=True):
-        peaks = [peak[:, at : at + LANES].astype(jnp.float32) for at in range(0, looked_at, LANES)]
-        peak = functools.reduce(jnp.maximum, peaks)
-        peak = jnp.max(jnp.where(peak < jnp.inf, peak, jnp.inf), axis=1, keepdims=True)
-        peak = jnp.broadcast_to(peak, (STRIP, LANES))
-        one = jnp.broadcast_to(known[0][...], peak.shape) if given else peak / LARGEST["int8"]
-        one = one if given else jnp.where(one < SMALLEST, 1.0, one)
-        scales[strip, :] = jnp.where(peak < jnp.inf, one, jnp.nan)
-        factors.append(one if given else 1.0 / one)  # any number may be given, also one whose reciprocal is none
+        scale, scales[strip, :] = scales_of(in_lanes(peak), known[0][...] if given else None)
+        factors.append(scale if given else 1.0 / scale)  # any may be given, also one whose reciprocal is none
 
     def store(i):
         for strip, factor in zip(strips, factors, strict=True):
@@ -89,9 +83,41 @@ def _round(given, short, x, *refs):
                 own = columns(i, at, LANES)
                 number = x[strip, own].astype(jnp.float32)
                 ratio = jnp.clip(number / factor, LOWEST["int8"], LARGEST["int8"]) if given else number * factor
-                values[strip, own] = lax.bitcast_convert_type(ratio + WHOLE, jnp.int32).astype(jnp.int8)
+                values[strip, own] = whole(ratio, values.dtype)
 
     if turns == 1:
         store(0)
     else:
         pl.loop(0, turns)(store)
+
+
+def in_lanes(peaks):
+    """The largest of each row, [rows LANES] of float32: maxima of its columns, which may be several in a lane."""
+    return functools.reduce(
+        jnp.maximum, [peaks[:, at : at + LANES].astype(jnp.float32) for at in range(0, peaks.shape[1], LANES)]
+    )
+
+
+def peak_of(x, strip):
+    """float32 [STRIP LANES], whose largest number of a row is the peak of that row of x."""
+    looked_at = divisor(x.shape[1], LOOKED_AT, LANES)
+    peak = jnp.zeros((STRIP, looked_at), x.dtype)
+    for at in range(0, x.shape[1], looked_at):
+        peak = jnp.maximum(peak, jnp.abs(x[strip, at : at + looked_at]))
+    return in_lanes(peak)
+
+
+def scales_of(peak, given=None):
+    """(scales that x is divided by, scales of the sums: NaN where a row is not finite), of peaks in lanes."""
+    peak = jnp.max(jnp.where(peak < jnp.inf, peak, jnp.inf), axis=1, keepdims=True)
+    peak = jnp.broadcast_to(peak, (peak.shape[0], LANES))
+    scale = peak / LARGEST["int8"] if given is None else jnp.broadcast_to(given, peak.shape)
+    scale = jnp.where(scale < SMALLEST, 1.0, scale) if given is None else scale
+    return scale, jnp.where(peak < jnp.inf, scale, jnp.nan)
+
+
+def whole(ratio, dtype):
+    """float32 ratios within the range of int8, rounded, ties to even, as int8 or bfloat16."""
+    if dtype == jnp.int8:
+        return lax.bitcast_convert_type(ratio + WHOLE, jnp.int32).astype(dtype)
+    return jnp.round(ratio).astype(dtype)

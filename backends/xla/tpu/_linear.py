@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import emulated
 from .._rounding import STORED, rounded, scaled
-from . import _nibbles
+from . import _nibbles, _w8a8
 from ._bytes import rounded_rows
 from ._chips import current, interpreter
 from ._numbers import LANES, carried, multiplied_as
@@ -47,12 +47,17 @@ def linear(
     scheme, chip = getattr(weight, "scheme", None), current()
     kind = kind_of(scheme, dtype, columns, activation, chip)
     values, scales, zeros = (weight, None, None) if scheme is None else parts(weight)
-    blocks, few = _blocks(chip, kind, x.shape[0], out, zeros is not None)
-    rows, x_scales = x.shape[0], None
-    if scheme is not None and kind.dot == jnp.int8 and blocks.whole:
+    rounds = scheme is not None and kind.dot == jnp.int8
+    given = weight.input_scale if rounds else None
+    blocks, by = _blocks(chip, kind, x.shape[0], x.dtype.itemsize, out, zeros is not None, given is not None)
+    rows, x_scales, interpret = x.shape[0], None, interpreter() if emulated() else False
+    if rounds and blocks.whole:
         x = x if row_scale is None else x.astype(jnp.float32) * row_scale[:, None]
+    if by is _w8a8:
+        row_scale = None
+    elif rounds and blocks.whole:
         x = jnp.pad(x, ((0, -rows % blocks.m), (0, -columns % LANES)))
-        x, row_scale = rounded_rows(x, weight.input_scale, chip=chip, interpret=interpreter() if emulated() else False)
+        x, row_scale = rounded_rows(x, given, chip=chip, interpret=interpret)
         x, row_scale = x[:rows, :columns], row_scale[:rows]
     elif scheme is not None and scheme.activation:
         x = x.astype(jnp.float32) * (1.0 if row_scale is None else row_scale[:, None])
@@ -62,12 +67,15 @@ def linear(
         row_scale, x_scales = (None, x_scales) if scheme.activation_group else (x_scales[:, 0], None)
     if scheme is not None and weight.permutation is not None:  # stored column j belongs to feature permutation[j]
         x = jnp.take(x, weight.permutation, axis=1)
-    options = {"row_scale": row_scale, "bias": bias, "out_dtype": multiplied_as(dtype)}
-    options |= {"kind": kind, "blocks": blocks, "interpret": interpreter() if emulated() else False}
-    if few:
-        y = _nibbles.product(x.astype(kind.dot), values, scales, **options)
+    options = {"bias": bias, "out_dtype": multiplied_as(dtype)}
+    options |= {"kind": kind, "blocks": blocks, "interpret": interpret}
+    if by is _w8a8:
+        y = _w8a8.product(x, values, scales, chip=chip, **options)
+    elif by is _nibbles:
+        y = _nibbles.product(x.astype(kind.dot), values, scales, row_scale=row_scale, **options)
     else:
-        y = product(x.astype(kind.dot), carried(values), scales, zeros, x_scales=x_scales, **options)
+        options |= {"row_scale": row_scale, "x_scales": x_scales}
+        y = product(x.astype(kind.dot), carried(values), scales, zeros, **options)
     return y.astype(dtype).reshape(*lead, out), kept
 
 
@@ -117,11 +125,19 @@ def parts(weight):
     return weight.values, scales.astype(jnp.float32), zeros
 
 
-def _blocks(chip, kind, rows, features, zeros):
-    """(sizes of blocks, whether they are those of few rows of int4)."""
+def _blocks(chip, kind, rows, size, features, zeros, given):
+    """(sizes of blocks, the module whose product takes them: None for _product.py).
+
+    Args:
+        size: bytes of a number of x.
+        given: whether the scale of x is.
+    """
     sizes = {"rows": rows, "features": features, "columns": kind.columns, "kind": kind}
-    few = _nibbles.takes(chip, kind, rows, zeros)
-    return _nibbles.choose(chip, **sizes) if few else choose(chip, **sizes, zeros=zeros), few
+    if _nibbles.takes(chip, kind, rows, zeros):
+        return _nibbles.choose(chip, **sizes), _nibbles
+    blocks = choose(chip, **sizes, zeros=zeros)
+    rounding = None if zeros or given else _w8a8.choose(chip, blocks, kind=kind, features=features, size=size)
+    return (blocks, None) if rounding is None else (rounding, _w8a8)
 
 
 def _activated_bias(z, activation):
@@ -135,6 +151,8 @@ def plan(x, weight, *, activation="none", **options):
     chip, scheme = current(), getattr(weight, "scheme", None)
     kind = kind_of(scheme, x.dtype, max(1, weight.shape[1]), activation, chip)
     rows, features = max(1, prod(x.shape[:-1])), max(1, weight.shape[0] // kind.parts)
-    b, _ = _blocks(chip, kind, rows, features, scheme is not None and not scheme.symmetric)
+    given = scheme is not None and weight.input_scale is not None
+    size = multiplied_as(x.dtype).itemsize
+    b, _ = _blocks(chip, kind, rows, size, features, scheme is not None and not scheme.symmetric, given)
     words = f"blocks of {b.m} rows x {b.n} features x {b.k} columns in {kind.dot}, {b.run} columns at once"
     return f"{words}, {b.vmem >> 10} KiB of VMEM on {chip.name}"
