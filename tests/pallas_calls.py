@@ -10,7 +10,10 @@ callers set a time limit.
 import json
 import os
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -136,3 +139,22 @@ def expected(arrays, scales, new, lengths, left):
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+def product_like(like, op, scheme, sizes):
+    """Parity of a product that is interpreted as it would run on a chip, in a shape that nobody else compiled."""
+    from llmkernels import testing
+    from llmkernels.contract import Case
+    from llmkernels.discovery import emulated
+    from llmkernels.registry import OPS
+
+    linear, chips = (import_module(f"llmkernels.backends.xla.tpu.{name}") for name in ("_linear", "_chips"))
+    taken = {
+        name: getattr(chips.CHIPS[like], name) for name in ("matrix", "longest", "features", "runs", "byte_to", "fp8")
+    }
+    chip = replace(chips.INTERPRETER, **taken)
+    features = "out" if "out" in sizes else "features"
+    unique = sizes[features] + 128 * (1 + list(chips.CHIPS).index(like))
+    case = Case("a chip's", {"scheme": scheme, "bias": True, **sizes, features: unique})
+    with mock.patch.object(linear, "current", return_value=chip), emulated("xla"):
+        return testing.check(OPS[op].contract, "bfloat16", case, "xla")

@@ -5,7 +5,7 @@
 Each fault copies backends/xla, changes a line, and runs small calls until one is wrong: those of pallas_calls.py in
 both modes of the interpreter, or cases of a contract, "op, dtype, part of their names".  Each has its own process and
 time limit: a copy that nobody starts is waited for without end.  That counts as not noticed, since a slow machine looks
-the same.
+the same.  "like CHIP: SCHEME" is a product of many rows, one of them with NaN, as it would run on that chip.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120  # seconds
+MANY_ROWS = {"rows": 128, "out": 1100, "in_": 1300, "x_special": "NaN", "input_scale": 0.25}
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,27 @@ FAULTS = {
     "few rows: all columns are less by the sums of the first": Fault(
         ("quantized_gemm, bfloat16, w4a16_g128, 16 x 256 x 1024",), "at // blocks.run * LANES", "0", "_nibbles.py"
     ),
+    "rounded rows: each has the reciprocal of the first": Fault(
+        ("like v5e: w8a8",), "zip(strips, factors, strict=True)", "zip(strips, [factors[0]] * len(strips))", "_bytes.py"
+    ),
+    "rounded rows: one that is not finite has a scale": Fault(
+        ("like v5e: w8a8_static",), "jnp.where(peak < jnp.inf, scale, jnp.nan)", "scale", "_bytes.py"
+    ),
+    "rows are rounded by the reciprocals of others": Fault(
+        ("like v6e: w8a8",), "* factors[strip]", "* factors[pl.ds(0, STRIP)]", "_w8a8.py"
+    ),
+    "the second half of a run is not rounded": Fault(
+        ("like v6e: w8a8",), "round_run(runs[turn], first, half)", "round_run(runs[turn], 0, half)", "_w8a8.py"
+    ),
+    "a run is multiplied before it is rounded": Fault(
+        ("like v7x: w8a8",), "                round_run(at + RUN, 0, rows)", "                pass", "_w8a8.py"
+    ),
+    "pieces behind meet the run of the first": Fault(
+        ("like v6e: w8a8",),
+        "(first, turn - i) for i, first",
+        "(first, min(turn, len(runs) - 1)) for i, first",
+        "_w8a8.py",
+    ),
     "zero points of the group before": Fault(
         ("quantized_gemm, float32, w4a16_g128_zp, 17 x",),
         "taken = column(numbers, group)",
@@ -152,12 +174,16 @@ def run(folder, calls, page):
     import llmkernels.backends as backends
 
     backends.__path__.insert(0, folder)
-    from pallas_calls import MODES, complaint
+    from pallas_calls import MODES, complaint, product_like
 
     from llmkernels import testing
 
     for name in calls:
-        if "," in name:
+        if name.startswith("like "):
+            like, scheme = name.removeprefix("like ").split(": ")
+            result = product_like(like, "quantized_gemm", scheme, MANY_ROWS)
+            found = [str(result)] if result.verdict == "failed" else []
+        elif "," in name:
             found = [
                 str(r) for r in testing.conform("xla", *name.split(", ", 2), emulate=True) if r.verdict == "failed"
             ]

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from importlib import import_module, util
 from pathlib import Path
 
@@ -59,6 +58,7 @@ ROUNDED = {"rows": 80, "out": 72, "in_": 512, "input_scale": 0.25}
 SCHEMES = ("w4a16_g128_zp", "w4a16_g32", "w4a16_g128_actorder", "w8a16_g128_zp", "w8a8", "fp8_row_a16", "mxfp4")
 MANY_ROWS = [
     *(("quantized_gemm", scheme, SOME) for scheme in SCHEMES),
+    ("quantized_gemm", "w8a8", {"rows": 128, "out": 1100, "in_": 1300}),
     *(("quantized_gemm", scheme, SEVERAL_BLOCKS) for scheme in ("w4a16_g128_zp", "w8a8")),
     *(("norm_linear_activation", scheme, GATED) for scheme in ("w4a16_g128", "w8a16", "w8a8")),
     *(("quantized_gemm", "w8a8", ROUNDED | {"x_special": kind}) for kind in ("ties", "zero rows", "NaN", "infinity")),
@@ -76,38 +76,27 @@ FEW_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("op", "scheme", "sizes"), MANY_ROWS)
-@pytest.mark.parametrize("like", ["v5e", "v7x"])
-def test_interpreted_products_of_many_rows(op, scheme, sizes, like, monkeypatch):
+@pytest.mark.parametrize(
+    ("like", "op", "scheme", "sizes"),
+    [
+        *((like, *call) for like in ("v5e", "v7x") for call in MANY_ROWS),
+        *(("v6e", *call) for call in MANY_ROWS if call[1] == "w8a8"),
+    ],
+)
+def test_interpreted_products_of_many_rows(op, scheme, sizes, like):
     """More than the contract's cases have, in the sizes of a chip."""
-    check_product(op, scheme, sizes, like, monkeypatch)
+    check_product(op, scheme, sizes, like)
 
 
 @pytest.mark.parametrize(("op", "scheme", "sizes"), FEW_ROWS)
 @pytest.mark.parametrize("like", ["v5e", "v6e", "v7x"])
-def test_interpreted_products_of_few_rows(op, scheme, sizes, like, monkeypatch):
+def test_interpreted_products_of_few_rows(op, scheme, sizes, like):
     """What nibbles become is another number on each of them; the contract's cases are interpreted as on v5e."""
-    check_product(op, scheme, sizes, like, monkeypatch)
+    check_product(op, scheme, sizes, like)
 
 
-def check_product(op, scheme, sizes, like, monkeypatch):
-    """Parity of a call that is interpreted as it would run on a chip, in a shape that nobody else compiled."""
-    from llmkernels import testing
-    from llmkernels.contract import Case
-    from llmkernels.discovery import emulated
-    from llmkernels.registry import OPS
-
-    linear, chips = (import_module(f"llmkernels.backends.xla.tpu.{name}") for name in ("_linear", "_chips"))
-    taken = {
-        name: getattr(chips.CHIPS[like], name) for name in ("matrix", "longest", "features", "runs", "byte_to", "fp8")
-    }
-    chip = replace(chips.INTERPRETER, **taken)
-    monkeypatch.setattr(linear, "current", lambda: chip)
-    features = "out" if "out" in sizes else "features"
-    unique = sizes[features] + 128 * (1 + list(chips.CHIPS).index(like))
-    case = Case("a chip's", {"scheme": scheme, "bias": True, **sizes, features: unique})
-    with emulated("xla"):
-        result = testing.check(OPS[op].contract, "bfloat16", case, "xla")
+def check_product(op, scheme, sizes, like):
+    result = pallas_calls.product_like(like, op, scheme, sizes)
     assert result.verdict == "passed", str(result)
 
 
