@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120  # seconds
-MANY_ROWS = {"rows": 128, "out": 1100, "in_": 1300, "x_special": "NaN", "input_scale": 0.25}
+MANY_ROWS = {"rows": 520, "out": 1100, "in_": 1300, "x_special": "NaN", "input_scale": 0.25}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from ._tiles import divisor, lanes, power
 
 FEATURES = 1024  # of a block; more make its first copy, which nothing hides, too long
 RUN = LONGEST  # columns that are rounded at once
-MOST = 8192  # columns: the program spells out their runs
+MOST = 4096  # columns: the program spells out their runs
+HEIGHT = 512  # rows of a block; of fewer, too many of which are rounded at once, registers are stored
 ROWS = 256  # whose peaks are looked for at once
 SCALED = 128  # rows whose scales are found at once
 
@@ -41,7 +42,7 @@ def choose(chip, blocks, *, kind, features, size):
     """
     m, k, adds = blocks.m, lanes(kind.columns), chip.longest > LONGEST
     plain = kind.weight == "int8" and kind.dot == jnp.int8 and not kind.group and kind.parts == 1
-    if not (plain and blocks.whole and chip.matrix > LANES and k <= MOST):
+    if not (plain and blocks.whole and m == HEIGHT and chip.matrix > LANES and k <= MOST):
         return None
 
     def vmem(n):
@@ -140,7 +141,7 @@ def _kernel(kind, blocks, biased, x, w, scales, *refs):
         pl.loop(0, rows // height)(lambda i: do(i * height, height))
 
     def multiply_in_halves():
-        half = rows // 2 if rows % (2 * STRIP) == 0 else rows
+        half = rows // 2
         for turn in range(len(runs) + len(pieces) - 1):
             behind = [(first, turn - i) for i, first in enumerate(pieces) if i and 0 <= turn - i < len(runs)]
             for first in range(0, rows, half) if turn < len(runs) else ():
