@@ -62,6 +62,7 @@ MANY_ROWS = [
     *(("quantized_gemm", scheme, SEVERAL_BLOCKS) for scheme in ("w4a16_g128_zp", "w8a8")),
     *(("norm_linear_activation", scheme, GATED) for scheme in ("w4a16_g128", "w8a16", "w8a8")),
     *(("quantized_gemm", "w8a8", ROUNDED | {"x_special": kind}) for kind in ("ties", "zero rows", "NaN", "infinity")),
+    *(("quantized_gemm", "w8a8", ROUNDED | {"rows": 500, "x_special": kind}) for kind in ("ties", "zero rows", "NaN")),
     *(("quantized_gemm", "w8a8_static", ROUNDED | {"x_special": kind}) for kind in ("ties", "NaN", "beyond the scale")),
 ]
 
