@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -60,6 +61,7 @@ class Blocks:
     turn: int
     early: bool
     finishes: bool
+    factor: jnp.dtype
     vmem: int
     vmem_limit: int
 
@@ -111,7 +113,7 @@ def product(
         x = x.reshape(padded_rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(x.shape)
     operands = [x, values.reshape(kind.parts, features, -1)]
     specs = [
-        pl.BlockSpec((m, k), lambda i, j, s: (i, s)),
+        pl.BlockSpec((m * x.shape[0] // padded_rows, k), lambda i, j, s: (i, s)),
         pl.BlockSpec((kind.parts, n, k // 2 if packed else k), lambda i, j, s: (0, j, s)),
     ]
     per_step = k // kind.group if kind.group else 1
@@ -149,7 +151,7 @@ def product(
     direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
     scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
     if blocks.whole:
-        scratch += [] if direct else [pltpu.VMEM((blocks.turn if blocks.early else n, k), kind.dot)]
+        scratch += [] if direct else [pltpu.VMEM((words(blocks.turn if blocks.early else n, blocks.factor), k), jnp.int32)]
     elif blocks.unpacked and not direct:
         scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
@@ -168,6 +170,10 @@ def product(
     return y[:rows]
 
 
+def words(rows, dtype):
+    return rows * jnp.dtype(dtype).itemsize // 4
+
+
 def _sum_dtype(kind):
     return jnp.int32 if kind.dot == jnp.int8 and not kind.group else jnp.float32
 
@@ -179,7 +185,7 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     y, acc, *unpacked = held
     kept = [unpacked[0].at[i] for i in range(unpacked[0].shape[0])] if unpacked and not blocks.whole else []
     step = pl.program_id(2)
-    rows, features, width, run = x.shape[0], w.shape[1], w.shape[2], blocks.run
+    rows, features, width, run = y.shape[0], w.shape[1], w.shape[2], blocks.run
 
     alone = blocks.whole and steps == 1  # the first run's sums are stored as they are
     packing = 2 if kind.weight in PACKED else 1
@@ -211,13 +217,20 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
             own = pl.ds(begin, blocks.unpacked)
             taken, less = (None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros))
             for stored_column in range(at // packing, (at + length) // packing, CHUNK):
-                for place_in_row, chunk in factors_of(kind, w.at[part, own], taken, less, stored_column, step, stored):
-                    unpacked[0][pl.ds(place, blocks.unpacked), place_in_row : place_in_row + CHUNK] = chunk
+                held = w.at[part, own]
+                for place_in_row, chunk in factors_of(kind, held, taken, less, stored_column, step, stored, blocks.factor):
+                    unpacked[0][rows_of(place, blocks.unpacked), place_in_row : place_in_row + CHUNK] = pltpu.bitcast(chunk, jnp.int32)
+
+        def rows_of(first, length):
+            each = 4 // blocks.factor.itemsize
+            first = first // each if isinstance(first, int) else pl.multiple_of(lax.div(first, each), length // each)
+            return pl.ds(first, length // each)
 
         def multiply_piece(begin, place, at):
             own, columns = pl.ds(begin, blocks.width), pl.ds(at, run)
-            factor = unpacked[0][pl.ds(place, blocks.width), columns] if unpacked else w[part, own, columns]
-            sums = multiply(x[:, columns], factor, transposed=True)
+            factor = pltpu.bitcast(unpacked[0][rows_of(place, blocks.width), columns], blocks.factor) if unpacked else w[part, own, columns]
+            held = x[:, columns]
+            sums = multiply(pltpu.bitcast(held, kind.dot) if packing == 2 else held, factor, transposed=True)
             if not (alone and at == 0):
                 sums = acc[part, :, own] + sums
             if finishes and at + run == x.shape[1]:
@@ -279,11 +292,11 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
 
     if finishes:
         return
-    height = min(x.shape[0], EPILOGUE_ROWS)
+    height = min(rows, EPILOGUE_ROWS)
 
     @pl.when(step == steps - 1)
     def _():
-        @pl.loop(0, x.shape[0] // height)
+        @pl.loop(0, y.shape[0] // height)
         def _(i):
             rows = pl.ds(pl.multiple_of(i * height, height), height)
             z = []
@@ -339,6 +352,7 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     before = kind.group or (kind.weight == "fp8" and size > 1)  # what is made of such a weight takes registers too
     if whole and (large or kind.parts > 1) and not (before if large else kind.group):  # one scale serves a row
         n = min(power(max(features, LANES)), 1024 // kind.parts)
+    n = 1024 if chip.fp8 and whole and packed and not kind.group else n
     n = max(n, LANES)
     k = min(power(max(columns, least)), 4096 if whole or bare else 2048)
 
@@ -371,7 +385,9 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     turn = width if zeros or (chip.longest > LONGEST and kind.group) else turn
     early = whole and not (large and before) and not (kind.group and kind.parts > 1 and chip.longest > LONGEST)
     finishes = chip.longest == LONGEST
+    exact = whole and packed and chip.fp8 and kind.dot == jnp.bfloat16 and not kind.group  # whole numbers up to 16
+    factor = jnp.dtype(jnp.float8_e4m3fn) if exact else kind.dot
     unpacked = UNPACKED // kind.parts if m > FEW else width if tight and packed else 0
     return Blocks(
-        m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, vmem(k), chip.vmem_limit
+        m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, factor, vmem(k), chip.vmem_limit
     )  # fmt: skip

@@ -39,7 +39,7 @@ def chunks_of(kind, w, zeros, at, run, step, stored):
         yield converted(pltpu.bitcast(whole, jnp.int8), kind.dot)
 
 
-def factors_of(kind, w, scales, zeros, at, step, stored):
+def factors_of(kind, w, scales, zeros, at, step, stored, factor):
     """(first column, chunk [features CHUNK]) of the stored columns from `at` on, known before, with their scales in.
 
     Of a packed weight the even ones of 256 columns, then the odd ones: in_stored_order().
@@ -55,10 +55,15 @@ def factors_of(kind, w, scales, zeros, at, step, stored):
             chunk = (chunk - _spread(kind, zeros[...], at)).astype(kind.dot)
         yield at, _inside(scaled(chunk), at, step, w.shape[1], stored)
         return
+    if kind.weight == "int4" and zeros is None and factor.itemsize == 1:
+        words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32) ^ word_of(0x88)
+        for i, nibbles in enumerate(((words << 4), words)):
+            yield 2 * at + i * CHUNK, converted(pltpu.bitcast(nibbles & word_of(0xF0), jnp.int8), factor)
+        return
     taken = None if zeros is None else _spread(kind, pltpu.bitcast(zeros[...], jnp.int32), at)
     for i, nibbles in enumerate(_halves(w, at)):
         whole = _e2m1(nibbles) if kind.weight == "mxfp4" else _less_words(nibbles, taken)
-        yield 2 * at + i * CHUNK, scaled(converted(pltpu.bitcast(whole, jnp.int8), kind.dot))
+        yield 2 * at + i * CHUNK, scaled(converted(pltpu.bitcast(whole, jnp.int8), factor))
 
 
 def _spread(kind, numbers, at):
@@ -74,10 +79,11 @@ def in_stored_order(x, interpret):
     """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones."""
     rows, columns = x.shape
     height, width = divisor(rows, 128, tile_rows(x.dtype)), divisor(columns, 4096, 2 * LANES)
-    spec = pl.BlockSpec((height, width), lambda i, j: (i, j))
+    words = 4 // x.dtype.itemsize
+    specs = [pl.BlockSpec((height // n, width), lambda i, j: (i, j)) for n in (1, words)]
     return pl.pallas_call(
-        _part_lanes, grid=(rows // height, columns // width), in_specs=[spec], out_specs=spec,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="stored_order", interpret=interpret,
+        _part_lanes, grid=(rows // height, columns // width), in_specs=specs[:1], out_specs=specs[1],
+        out_shape=jax.ShapeDtypeStruct((rows // words, columns), jnp.int32), name="stored_order", interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
     )(x)  # fmt: skip
 
@@ -89,6 +95,8 @@ def _part_lanes(x, y):
     @pl.loop(0, x.shape[0] // height)
     def _(i):
         own = pl.ds(pl.multiple_of(i * height, height), height)
+        wide = height * x.dtype.itemsize // 4
+        words_own = pl.ds(pl.multiple_of(i * wide, wide), wide)
         for at in range(0, x.shape[1], 2 * LANES):
             first, second = (pltpu.bitcast(x[own, at + i : at + i + LANES], jnp.int32) for i in (0, LANES))
             lane = lax.broadcasted_iota(jnp.int32, first.shape, 1)
@@ -98,7 +106,7 @@ def _part_lanes(x, y):
                 jnp.where(even, pltpu.roll(first, LANES - 1, 1), second),
             )
             for i, words in enumerate(mixed):
-                y[own, pl.ds(at + i * LANES, LANES)] = pltpu.bitcast(lane_taken(words, order), x.dtype)
+                y[words_own, pl.ds(at + i * LANES, LANES)] = lane_taken(words, order)
 
 
 def lane_taken(words, lane):
