@@ -34,7 +34,7 @@ def converted(x, dtype):
         return half_as_float(x).astype(dtype)
     if x.dtype == dtype:
         return x
-    if x.dtype.itemsize == 1 and dtype.itemsize == 2:  # all compilers have bytes to float32
+    if x.dtype.itemsize == 1 and dtype != jnp.float32:  # all compilers have bytes to float32
         return x.astype(jnp.float32).astype(dtype)
     return x.astype(dtype)
 

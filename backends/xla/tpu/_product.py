@@ -31,6 +31,7 @@ LONGEST = 512  # columns of a run
 HEIGHT = 128  # rows of a piece
 EPILOGUE_ROWS = 32  # at a time
 UNPACKED = 64  # features at a time
+HIGH = 16  # times itself, a nibble in the higher half of a byte
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Blocks:
         turn: of such a block, features that are multiplied in one piece of program, so that their bundles fill.
         early: whether of such a turn what is multiplied is made there too, or of the whole block before.
         finishes: whether the last sums of such a block are scaled by rows, and stored, as they come.
+        times: how many times itself an int4 weight is in e4m3, by which some matrix units multiply bfloat16; 0 where it
+            is made into what x is.
     """
 
     m: int
@@ -61,7 +64,7 @@ class Blocks:
     turn: int
     early: bool
     finishes: bool
-    factor: jnp.dtype
+    times: int
     vmem: int
     vmem_limit: int
 
@@ -151,7 +154,8 @@ def product(
     direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
     scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
     if blocks.whole:
-        scratch += [] if direct else [pltpu.VMEM((words(blocks.turn if blocks.early else n, blocks.factor), k), jnp.int32)]
+        made = (blocks.turn if blocks.early else n) // _rows_of_word(kind, blocks)
+        scratch += [] if direct else [pltpu.VMEM((made, k), jnp.int32)]
     elif blocks.unpacked and not direct:
         scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
@@ -170,8 +174,13 @@ def product(
     return y[:rows]
 
 
-def words(rows, dtype):
-    return rows * jnp.dtype(dtype).itemsize // 4
+def _rows_of_word(kind, blocks):
+    """Rows of what a weight becomes that lie in a word of 32 bits: in words, a register of it is one store or load."""
+    return 4 // _factor(kind, blocks).itemsize
+
+
+def _factor(kind, blocks):
+    return jnp.dtype(jnp.float8_e4m3fn) if blocks.times else kind.dot
 
 
 def _sum_dtype(kind):
@@ -201,7 +210,7 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     def finish(own, sums):
         value = sums.astype(jnp.float32)
         if scales is not None and not kind.group:
-            value *= scales[0, 0, 0, own][None, :]
+            value *= _scale(blocks, scales[0, 0, 0, own])
         if row_scale is not None:
             value *= jnp.concatenate([row_scale[...]] * (value.shape[1] // LANES), 1)
         if bias is not None:
@@ -217,18 +226,21 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
             own = pl.ds(begin, blocks.unpacked)
             taken, less = (None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros))
             for stored_column in range(at // packing, (at + length) // packing, CHUNK):
-                held = w.at[part, own]
-                for place_in_row, chunk in factors_of(kind, held, taken, less, stored_column, step, stored, blocks.factor):
-                    unpacked[0][rows_of(place, blocks.unpacked), place_in_row : place_in_row + CHUNK] = pltpu.bitcast(chunk, jnp.int32)
+                chunks = factors_of(kind, w.at[part, own], taken, less, stored_column, step, stored, times=blocks.times)
+                for into, chunk in chunks:
+                    unpacked[0][made(place, blocks.unpacked), into : into + CHUNK] = pltpu.bitcast(chunk, jnp.int32)
 
-        def rows_of(first, length):
-            each = 4 // blocks.factor.itemsize
+        def made(first, length):
+            each = _rows_of_word(kind, blocks)
             first = first // each if isinstance(first, int) else pl.multiple_of(lax.div(first, each), length // each)
             return pl.ds(first, length // each)
 
         def multiply_piece(begin, place, at):
             own, columns = pl.ds(begin, blocks.width), pl.ds(at, run)
-            factor = pltpu.bitcast(unpacked[0][rows_of(place, blocks.width), columns], blocks.factor) if unpacked else w[part, own, columns]
+            if unpacked:
+                factor = pltpu.bitcast(unpacked[0][made(place, blocks.width), columns], _factor(kind, blocks))
+            else:
+                factor = w[part, own, columns]
             held = x[:, columns]
             sums = multiply(pltpu.bitcast(held, kind.dot) if packing == 2 else held, factor, transposed=True)
             if not (alone and at == 0):
@@ -303,11 +315,16 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
             for part in range(kind.parts):
                 value = acc[part, rows].astype(jnp.float32)
                 if scales is not None and not kind.group:
-                    value *= scales[0, 0, part][None, :]
+                    value *= _scale(blocks, scales[0, 0, part])
                 if row_scale is not None:
                     value *= row_scale[rows, :1]
                 z.append(value if bias is None else value + bias[part][None, :])
             y[rows] = activated(z, kind.activation).astype(y.dtype)
+
+
+def _scale(blocks, scales):
+    """The scales of rows of the weight, as a row beside their sums."""
+    return (scales * (1 / blocks.times) if blocks.times else scales)[None, :]
 
 
 def _add(kind, blocks, part, at, x, chunk, scales, x_scales, acc, step):
@@ -352,13 +369,15 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     before = kind.group or (kind.weight == "fp8" and size > 1)  # what is made of such a weight takes registers too
     if whole and (large or kind.parts > 1) and not (before if large else kind.group):  # one scale serves a row
         n = min(power(max(features, LANES)), 1024 // kind.parts)
-    n = 1024 if chip.fp8 and whole and packed and not kind.group else n
+    bare_nibbles = whole and kind.weight == "int4" and not (kind.group or zeros)
+    times = HIGH if bare_nibbles and chip.fp8 and kind.dot == jnp.bfloat16 else 0
+    n = min(power(max(features, LANES)), 2048) if times and kind.parts == 1 else n
     n = max(n, LANES)
     k = min(power(max(columns, least)), 4096 if whole or bare else 2048)
 
     def run(k):
         if whole:
-            return min(k, chip.longest)
+            return min(k, chip.longest // 2 if bare_nibbles and chip.matrix == LANES else chip.longest)
         if kind.group or packed:
             return CHUNK
         if at_once:
@@ -370,7 +389,9 @@ def choose(chip, *, rows, features, columns, kind, zeros):
         )
 
     def vmem(k):
-        weights = 2 * kind.parts * n * k * stored + n * (k if whole else run(k) * (2 if packed else 1)) * size
+        weights = 2 * kind.parts * n * k * stored + n * (k if whole else run(k) * (2 if packed else 1)) * (
+            1 if times else size
+        )
         return int(weights + 2 * m * k * size + m * n * (4 * kind.parts + 2 * size))
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
@@ -385,9 +406,8 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     turn = width if zeros or (chip.longest > LONGEST and kind.group) else turn
     early = whole and not (large and before) and not (kind.group and kind.parts > 1 and chip.longest > LONGEST)
     finishes = chip.longest == LONGEST
-    exact = whole and packed and chip.fp8 and kind.dot == jnp.bfloat16 and not kind.group  # whole numbers up to 16
-    factor = jnp.dtype(jnp.float8_e4m3fn) if exact else kind.dot
     unpacked = UNPACKED // kind.parts if m > FEW else width if tight and packed else 0
     return Blocks(
-        m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, factor, vmem(k), chip.vmem_limit
+        m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, times, vmem(k),
+        chip.vmem_limit,
     )  # fmt: skip
