@@ -59,8 +59,9 @@ ROUNDED = {"rows": 80, "out": 72, "in_": 512, "input_scale": 0.25}
 SCHEMES = ("w4a16_g128_zp", "w4a16_g32", "w4a16_g128_actorder", "w8a16_g128_zp", "w8a8", "fp8_row_a16", "mxfp4")
 MANY_ROWS = [
     *(("quantized_gemm", scheme, SOME) for scheme in SCHEMES),
-    *(("quantized_gemm", scheme, SEVERAL_BLOCKS) for scheme in ("w4a16_g128_zp", "w8a8")),
-    *(("norm_linear_activation", scheme, GATED) for scheme in ("w4a16_g128", "w8a16", "w8a8")),
+    *(("quantized_gemm", scheme, SEVERAL_BLOCKS) for scheme in ("w4a16", "w4a16_g128_zp", "w8a8")),
+    *(("norm_linear_activation", scheme, GATED) for scheme in ("w4a16", "w4a16_g128", "w8a16", "w8a8")),
+    *(("quantized_gemm", "w4a16", SOME | {"x_special": kind}) for kind in ("NaN", "infinity")),
     *(("quantized_gemm", "w8a8", ROUNDED | {"x_special": kind}) for kind in ("ties", "zero rows", "NaN", "infinity")),
     *(("quantized_gemm", "w8a8_static", ROUNDED | {"x_special": kind}) for kind in ("ties", "NaN", "beyond the scale")),
 ]

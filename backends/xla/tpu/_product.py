@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from . import _stored
 from ._activations import activated
 from ._numbers import LANES, SUBLANES, cleared, multiply, tile_rows
 from ._pieces import after, for_pieces, in_turns
@@ -154,7 +155,7 @@ def product(
     direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
     scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
     if blocks.whole:
-        made = (blocks.turn if blocks.early else n) // _rows_of_word(kind, blocks)
+        made = (blocks.turn if blocks.early else n) // _stored.rows_of_word(_stored.factor_dtype(kind, blocks.times))
         scratch += [] if direct else [pltpu.VMEM((made, k), jnp.int32)]
     elif blocks.unpacked and not direct:
         scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
@@ -172,15 +173,6 @@ def product(
         interpret=interpret,
     )(*operands)
     return y[:rows]
-
-
-def _rows_of_word(kind, blocks):
-    """Rows of what a weight becomes that lie in a word of 32 bits: in words, a register of it is one store or load."""
-    return 4 // _factor(kind, blocks).itemsize
-
-
-def _factor(kind, blocks):
-    return jnp.dtype(jnp.float8_e4m3fn) if blocks.times else kind.dot
 
 
 def _sum_dtype(kind):
@@ -210,7 +202,7 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     def finish(own, sums):
         value = sums.astype(jnp.float32)
         if scales is not None and not kind.group:
-            value *= _scale(blocks, scales[0, 0, 0, own])
+            value *= _stored.beside_sums(scales[0, 0, 0, own], blocks.times)
         if row_scale is not None:
             value *= jnp.concatenate([row_scale[...]] * (value.shape[1] // LANES), 1)
         if bias is not None:
@@ -231,14 +223,16 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
                     unpacked[0][made(place, blocks.unpacked), into : into + CHUNK] = pltpu.bitcast(chunk, jnp.int32)
 
         def made(first, length):
-            each = _rows_of_word(kind, blocks)
+            each = _stored.rows_of_word(_stored.factor_dtype(kind, blocks.times))
             first = first // each if isinstance(first, int) else pl.multiple_of(lax.div(first, each), length // each)
             return pl.ds(first, length // each)
 
         def multiply_piece(begin, place, at):
             own, columns = pl.ds(begin, blocks.width), pl.ds(at, run)
             if unpacked:
-                factor = pltpu.bitcast(unpacked[0][made(place, blocks.width), columns], _factor(kind, blocks))
+                factor = pltpu.bitcast(
+                    unpacked[0][made(place, blocks.width), columns], _stored.factor_dtype(kind, blocks.times)
+                )
             else:
                 factor = w[part, own, columns]
             held = x[:, columns]
@@ -315,16 +309,11 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
             for part in range(kind.parts):
                 value = acc[part, rows].astype(jnp.float32)
                 if scales is not None and not kind.group:
-                    value *= _scale(blocks, scales[0, 0, part])
+                    value *= _stored.beside_sums(scales[0, 0, part], blocks.times)
                 if row_scale is not None:
                     value *= row_scale[rows, :1]
                 z.append(value if bias is None else value + bias[part][None, :])
             y[rows] = activated(z, kind.activation).astype(y.dtype)
-
-
-def _scale(blocks, scales):
-    """The scales of rows of the weight, as a row beside their sums."""
-    return (scales * (1 / blocks.times) if blocks.times else scales)[None, :]
 
 
 def _add(kind, blocks, part, at, x, chunk, scales, x_scales, acc, step):
@@ -389,9 +378,8 @@ def choose(chip, *, rows, features, columns, kind, zeros):
         )
 
     def vmem(k):
-        weights = 2 * kind.parts * n * k * stored + n * (k if whole else run(k) * (2 if packed else 1)) * (
-            1 if times else size
-        )
+        made = (k if whole else run(k) * (2 if packed else 1)) * (1 if times else size)
+        weights = 2 * kind.parts * n * k * stored + n * made
         return int(weights + 2 * m * k * size + m * n * (4 * kind.parts + 2 * size))
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):

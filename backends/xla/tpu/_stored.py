@@ -40,6 +40,20 @@ def chunks_of(kind, w, zeros, at, run, step, stored):
         yield converted(pltpu.bitcast(whole, jnp.int8), kind.dot)
 
 
+def factor_dtype(kind, times):
+    return jnp.dtype(jnp.float8_e4m3fn) if times else kind.dot
+
+
+def rows_of_word(dtype):
+    """Rows of a factor that lie in a word of 32 bits: in words, a register of it is one store or load."""
+    return 4 // dtype.itemsize
+
+
+def beside_sums(scales, times):
+    """The scales of a weight's rows, as a row beside sums that are `times` too large."""
+    return (scales * (1 / times) if times else scales)[None, :]
+
+
 def factors_of(kind, w, scales, zeros, at, step, stored, *, times):
     """(first column, chunk [features CHUNK]) of the stored columns from `at` on, known before, with their scales in.
 
