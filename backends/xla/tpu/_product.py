@@ -49,8 +49,7 @@ class Blocks:
         turn: of such a block, features that are multiplied in one piece of program, so that their bundles fill.
         early: whether of such a turn what is multiplied is made there too, or of the whole block before.
         finishes: whether the last sums of such a block are scaled by rows, and stored, as they come.
-        times: how many times itself an int4 weight is in e4m3, by which some matrix units multiply bfloat16; 0 where it
-            is made into what x is.
+        times: how many times itself an int4 weight is in e4m3; 0 where it is made into what x is.
     """
 
     m: int
