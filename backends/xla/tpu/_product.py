@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from . import _stored
 from ._activations import activated
 from ._numbers import LANES, SUBLANES, cleared, multiply, tile_rows
 from ._pieces import after, for_pieces, in_turns
@@ -30,6 +32,7 @@ LONGEST = 512  # columns of a run
 HEIGHT = 128  # rows of a piece
 EPILOGUE_ROWS = 32  # at a time
 UNPACKED = 64  # features at a time
+HIGH = 16  # times itself, a nibble in the higher half of a byte
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Blocks:
         turn: of such a block, features that are multiplied in one piece of program, so that their bundles fill.
         early: whether of such a turn what is multiplied is made there too, or of the whole block before.
         finishes: whether the last sums of such a block are scaled by rows, and stored, as they come.
+        times: how many times itself an int4 weight is in e4m3; 0 where it is made into what x is.
     """
 
     m: int
@@ -60,6 +64,7 @@ class Blocks:
     turn: int
     early: bool
     finishes: bool
+    times: int
     vmem: int
     vmem_limit: int
 
@@ -111,7 +116,7 @@ def product(
         x = x.reshape(padded_rows, -1, CHUNK // 2, 2).swapaxes(2, 3).reshape(x.shape)
     operands = [x, values.reshape(kind.parts, features, -1)]
     specs = [
-        pl.BlockSpec((m, k), lambda i, j, s: (i, s)),
+        pl.BlockSpec((m * x.shape[0] // padded_rows, k), lambda i, j, s: (i, s)),
         pl.BlockSpec((kind.parts, n, k // 2 if packed else k), lambda i, j, s: (0, j, s)),
     ]
     per_step = k // kind.group if kind.group else 1
@@ -149,7 +154,8 @@ def product(
     direct = values.dtype == kind.dot and zeros is None and (stored % k == 0 or jnp.issubdtype(kind.dot, jnp.integer))
     scratch = [pltpu.VMEM((kind.parts, m, n), _sum_dtype(kind))]
     if blocks.whole:
-        scratch += [] if direct else [pltpu.VMEM((blocks.turn if blocks.early else n, k), kind.dot)]
+        made = (blocks.turn if blocks.early else n) // _stored.rows_of_word(_stored.factor_dtype(kind, blocks.times))
+        scratch += [] if direct else [pltpu.VMEM((made, k), jnp.int32)]
     elif blocks.unpacked and not direct:
         scratch.append(pltpu.VMEM((2 if packed else 1, n, blocks.run), kind.dot))
     y = pl.pallas_call(
@@ -179,7 +185,7 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     y, acc, *unpacked = held
     kept = [unpacked[0].at[i] for i in range(unpacked[0].shape[0])] if unpacked and not blocks.whole else []
     step = pl.program_id(2)
-    rows, features, width, run = x.shape[0], w.shape[1], w.shape[2], blocks.run
+    rows, features, width, run = y.shape[0], w.shape[1], w.shape[2], blocks.run
 
     alone = blocks.whole and steps == 1  # the first run's sums are stored as they are
     packing = 2 if kind.weight in PACKED else 1
@@ -195,7 +201,7 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
     def finish(own, sums):
         value = sums.astype(jnp.float32)
         if scales is not None and not kind.group:
-            value *= scales[0, 0, 0, own][None, :]
+            value *= _stored.beside_sums(scales[0, 0, 0, own], blocks.times)
         if row_scale is not None:
             value *= jnp.concatenate([row_scale[...]] * (value.shape[1] // LANES), 1)
         if bias is not None:
@@ -211,13 +217,25 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
             own = pl.ds(begin, blocks.unpacked)
             taken, less = (None if numbers is None else numbers.at[0, part, own] for numbers in (grouped, zeros))
             for stored_column in range(at // packing, (at + length) // packing, CHUNK):
-                for place_in_row, chunk in factors_of(kind, w.at[part, own], taken, less, stored_column, step, stored):
-                    unpacked[0][pl.ds(place, blocks.unpacked), place_in_row : place_in_row + CHUNK] = chunk
+                chunks = factors_of(kind, w.at[part, own], taken, less, stored_column, step, stored, times=blocks.times)
+                for into, chunk in chunks:
+                    unpacked[0][made(place, blocks.unpacked), into : into + CHUNK] = pltpu.bitcast(chunk, jnp.int32)
+
+        def made(first, length):
+            each = _stored.rows_of_word(_stored.factor_dtype(kind, blocks.times))
+            first = first // each if isinstance(first, int) else pl.multiple_of(lax.div(first, each), length // each)
+            return pl.ds(first, length // each)
 
         def multiply_piece(begin, place, at):
             own, columns = pl.ds(begin, blocks.width), pl.ds(at, run)
-            factor = unpacked[0][pl.ds(place, blocks.width), columns] if unpacked else w[part, own, columns]
-            sums = multiply(x[:, columns], factor, transposed=True)
+            if unpacked:
+                factor = pltpu.bitcast(
+                    unpacked[0][made(place, blocks.width), columns], _stored.factor_dtype(kind, blocks.times)
+                )
+            else:
+                factor = w[part, own, columns]
+            held = x[:, columns]
+            sums = multiply(pltpu.bitcast(held, kind.dot) if packing == 2 else held, factor, transposed=True)
             if not (alone and at == 0):
                 sums = acc[part, :, own] + sums
             if finishes and at + run == x.shape[1]:
@@ -279,18 +297,18 @@ def _kernel(kind, blocks, there, stored, steps, x, w, *refs):
 
     if finishes:
         return
-    height = min(x.shape[0], EPILOGUE_ROWS)
+    height = min(rows, EPILOGUE_ROWS)
 
     @pl.when(step == steps - 1)
     def _():
-        @pl.loop(0, x.shape[0] // height)
+        @pl.loop(0, y.shape[0] // height)
         def _(i):
             rows = pl.ds(pl.multiple_of(i * height, height), height)
             z = []
             for part in range(kind.parts):
                 value = acc[part, rows].astype(jnp.float32)
                 if scales is not None and not kind.group:
-                    value *= scales[0, 0, part][None, :]
+                    value *= _stored.beside_sums(scales[0, 0, part], blocks.times)
                 if row_scale is not None:
                     value *= row_scale[rows, :1]
                 z.append(value if bias is None else value + bias[part][None, :])
@@ -339,12 +357,15 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     before = kind.group or (kind.weight == "fp8" and size > 1)  # what is made of such a weight takes registers too
     if whole and (large or kind.parts > 1) and not (before if large else kind.group):  # one scale serves a row
         n = min(power(max(features, LANES)), 1024 // kind.parts)
+    bare_nibbles = whole and kind.weight == "int4" and not (kind.group or zeros)
+    times = HIGH if bare_nibbles and chip.fp8 and kind.dot == jnp.bfloat16 else 0
+    n = min(power(max(features, LANES)), 2048) if times and kind.parts == 1 else n
     n = max(n, LANES)
     k = min(power(max(columns, least)), 4096 if whole or bare else 2048)
 
     def run(k):
         if whole:
-            return min(k, chip.longest)
+            return min(k, chip.longest // 2 if bare_nibbles and chip.matrix == LANES else chip.longest)
         if kind.group or packed:
             return CHUNK
         if at_once:
@@ -356,7 +377,8 @@ def choose(chip, *, rows, features, columns, kind, zeros):
         )
 
     def vmem(k):
-        weights = 2 * kind.parts * n * k * stored + n * (k if whole else run(k) * (2 if packed else 1)) * size
+        made = (k if whole else run(k) * (2 if packed else 1)) * (1 if times else size)
+        weights = 2 * kind.parts * n * k * stored + n * made
         return int(weights + 2 * m * k * size + m * n * (4 * kind.parts + 2 * size))
 
     while k > least and (vmem(k) > chip.vmem_limit * 2 // 3):
@@ -373,5 +395,6 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     finishes = chip.longest == LONGEST
     unpacked = UNPACKED // kind.parts if m > FEW else width if tight and packed else 0
     return Blocks(
-        m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, vmem(k), chip.vmem_limit
+        m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, times, vmem(k),
+        chip.vmem_limit,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from ._tiles import divisor
 
 CHUNK = LANES  # columns that meet in the matrix unit at once, where they share scales
 PACKED = ("int4", "mxfp4")
+MOVED = 512  # columns of x that are put into order together
 
 
 def first_of(kind, at, i):
@@ -39,10 +40,25 @@ def chunks_of(kind, w, zeros, at, run, step, stored):
         yield converted(pltpu.bitcast(whole, jnp.int8), kind.dot)
 
 
-def factors_of(kind, w, scales, zeros, at, step, stored):
+def factor_dtype(kind, times):
+    return jnp.dtype(jnp.float8_e4m3fn) if times else kind.dot
+
+
+def rows_of_word(dtype):
+    """Rows of a factor that lie in a word of 32 bits: in words, a register of it is one store or load."""
+    return 4 // dtype.itemsize
+
+
+def beside_sums(scales, times):
+    """The scales of a weight's rows, as a row beside sums that are `times` too large."""
+    return (scales * (1 / times) if times else scales)[None, :]
+
+
+def factors_of(kind, w, scales, zeros, at, step, stored, *, times):
     """(first column, chunk [features CHUNK]) of the stored columns from `at` on, known before, with their scales in.
 
-    Of a packed weight the even ones of 256 columns, then the odd ones: in_stored_order().
+    Of a packed weight the even ones of 256 columns, then the odd ones: in_stored_order().  In e4m3 they are
+    `times` themselves, where that is not 0.
     """
     spread = None if scales is None else _spread(kind, scales[...], at)
 
@@ -54,6 +70,11 @@ def factors_of(kind, w, scales, zeros, at, step, stored):
         if zeros is not None:
             chunk = (chunk - _spread(kind, zeros[...], at)).astype(kind.dot)
         yield at, _inside(scaled(chunk), at, step, w.shape[1], stored)
+        return
+    if times:  # 8 less, which flips the highest bit, in the higher half of a byte
+        words = pltpu.bitcast(w[:, pl.ds(at, LANES)], jnp.int32) ^ word_of(0x88)
+        for i, nibbles in enumerate((words << 4, words)):
+            yield 2 * at + i * CHUNK, pltpu.bitcast(nibbles & word_of(0xF0), jnp.int8).astype(jnp.float8_e4m3fn)
         return
     taken = None if zeros is None else _spread(kind, pltpu.bitcast(zeros[...], jnp.int32), at)
     for i, nibbles in enumerate(_halves(w, at)):
@@ -71,34 +92,36 @@ def _spread(kind, numbers, at):
 
 
 def in_stored_order(x, interpret):
-    """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones."""
+    """x [rows columns], each 256 columns as a block of a packed weight has them: even ones, then odd ones.
+
+    In words [rows / 2 columns] of two bfloat16, or of as many rows as one holds: so a register is one load.
+    """
     rows, columns = x.shape
-    height, width = divisor(rows, 128, tile_rows(x.dtype)), divisor(columns, 4096, 2 * LANES)
-    spec = pl.BlockSpec((height, width), lambda i, j: (i, j))
+    each = 4 // x.dtype.itemsize
+    height, width = divisor(rows, 256, tile_rows(x.dtype)), divisor(columns, 4096, 2 * LANES)
+    specs = [pl.BlockSpec((height // n, width), lambda i, j: (i, j)) for n in (1, each)]
     return pl.pallas_call(
-        _part_lanes, grid=(rows // height, columns // width), in_specs=[spec], out_specs=spec,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="stored_order", interpret=interpret,
+        _part_lanes, grid=(rows // height, columns // width), in_specs=specs[:1], out_specs=specs[1],
+        out_shape=jax.ShapeDtypeStruct((rows // each, columns), jnp.int32), name="stored_order", interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
     )(x)  # fmt: skip
 
 
 def _part_lanes(x, y):
-    """Whole words move, whatever numbers they hold."""
-    height = divisor(x.shape[0], 4 * tile_rows(x.dtype), tile_rows(x.dtype))
-
-    @pl.loop(0, x.shape[0] // height)
-    def _(i):
-        own = pl.ds(pl.multiple_of(i * height, height), height)
-        for at in range(0, x.shape[1], 2 * LANES):
-            first, second = (pltpu.bitcast(x[own, at + i : at + i + LANES], jnp.int32) for i in (0, LANES))
-            lane = lax.broadcasted_iota(jnp.int32, first.shape, 1)
-            even, order = (lane & 1) == 0, (lane & (LANES // 2 - 1)) * 2 + (lane >> 6)
-            mixed = (
-                jnp.where(even, first, pltpu.roll(second, 1, 1)),  # the second's even ones beside the first's
-                jnp.where(even, pltpu.roll(first, LANES - 1, 1), second),
-            )
-            for i, words in enumerate(mixed):
-                y[own, pl.ds(at + i * LANES, LANES)] = pltpu.bitcast(lane_taken(words, order), x.dtype)
+    """Whole words move, whatever numbers they hold: of many registers at a time, which share what is set for a move."""
+    height, columns = y.shape
+    for begins in (range(at, min(at + MOVED, columns), 2 * LANES) for at in range(0, columns, MOVED)):
+        pairs = [[x[:, at + i : at + i + LANES] for at in begins] for i in (0, LANES)]
+        first, second = (pltpu.bitcast(jnp.concatenate(part, 0), jnp.int32) for part in pairs)
+        lane = lax.broadcasted_iota(jnp.int32, first.shape, 1)
+        order, half = (lane & (LANES // 2 - 1)) * 2, lane >> 6
+        first = lane_taken(first, order + half)  # even columns on the left, odd ones on the right
+        second = lane_taken(second, order + 1 - half)  # and the other way round
+        even = jnp.where(half == 0, first, second)
+        odd = pltpu.roll(jnp.where(half == 0, second, first), LANES // 2, 1)
+        for i, at in enumerate(begins):
+            y[:, pl.ds(at, LANES)] = even[i * height : (i + 1) * height]
+            y[:, pl.ds(at + LANES, LANES)] = odd[i * height : (i + 1) * height]
 
 
 def lane_taken(words, lane):
