@@ -22,17 +22,19 @@ venv: $(BUILT)  ## .venv with everything installed, this tree editable
 demo: venv  ## a small trained model writes text, every hot operation through the registry
 	$(BIN)/llmkernels generate --seed 1 --prompt "$$(printf '$(PROMPT)')"
 
+# Most tests run on one thread and take up to 3 GiB; a worker that has none left takes some of another's.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 test: venv  ## style, types, and the tests: minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 soak: venv  ## 32 clients on a server for five minutes: nothing lost, every answer what it would be alone
 	$(BIN)/python -m pytest -s -m slow tests/test_soak.py
 
-test-all: venv  ## the tests, the slow ones too
-	$(BIN)/python -m pytest
+test-all: test  ## the same, then the slow ones
+	$(BIN)/python -m pytest -m slow
 
 # A copy of the tree, so that the build of every day stays; -O1 because -O3 with sanitizers takes three times as long.
 # Threads that wait sleep: they spin in code that the sanitizers do not slow down, and starve the others.

@@ -40,7 +40,7 @@ from llmkernels.engine.output import Output
 
 CLIENTS, TURNS, WAVES = 16, 20, 8
 BESIDE = 4  # sequences that decode all the time
-LOADS = (0.5, 0.8)  # how busy the engine without reuse is with prompts that arrive at random
+LOADS = (0.5, 0.8, 0.95)  # how busy the engine without reuse is with prompts that arrive at random
 WORKLOADS = ("chats", "shared_prompt", "long_prompt")
 CHAT_ANSWER, ANSWER = 24, 8  # tokens of an answer in a chat, and to a question behind a system prompt
 
