@@ -131,6 +131,13 @@ FAULTS = {
         "(first, min(turn, len(runs) - 1)) for i, first",
         "_w8a8.py",
     ),
+    "x is multiplied in the order of a run before": Fault(
+        ("like v6e: w4a16",), "kept[at // RUN][...]", "kept[max(0, at // RUN - 1)][...]", "_ordered.py"
+    ),
+    "only the first run is put into order": Fault(("like v6e: w4a16",), "order(at + RUN)", "order(at)", "_ordered.py"),
+    "the first rows of a run are put into order again and again": Fault(
+        ("like v6e: w4a16",), "pl.ds(first, STRIP), pl", "pl.ds(0, STRIP), pl", "_ordered.py"
+    ),
     "zero points of the group before": Fault(
         ("quantized_gemm, float32, w4a16_g128_zp, 17 x",),
         "taken = column(numbers, group)",

@@ -66,6 +66,13 @@ MANY_ROWS = [
     *(("quantized_gemm", "w8a8", ROUNDED | {"rows": 500, "x_special": kind}) for kind in ("ties", "zero rows", "NaN")),
     *(("quantized_gemm", "w8a8_static", ROUNDED | {"x_special": kind}) for kind in ("ties", "NaN", "beyond the scale")),
 ]
+ORDERED = [
+    *(("quantized_gemm", "w4a16", {"rows": rows, "out": 700, "in_": 1300}) for rows in (500, 520)),
+    ("quantized_gemm", "w4a16", {"rows": 490, "out": 1100, "in_": 600}),
+    ("norm_linear_activation", "w4a16", {"rows": 500, "features": 300, "in_": 1300}),
+    *(("quantized_gemm", "w4a16", SOME | {"rows": 500, "x_special": kind}) for kind in ("NaN", "infinity")),
+    *(("quantized_gemm", "w4a16", SOME | {"rows": 520, "x_special": kind}) for kind in ("NaN", "infinity")),
+]
 
 
 FEW_ROWS = [
@@ -83,6 +90,7 @@ FEW_ROWS = [
     [
         *((like, *call) for like in ("v5e", "v7x") for call in MANY_ROWS),
         *(("v6e", *call) for call in MANY_ROWS if call[1] == "w8a8"),
+        *(("v6e", *call) for call in ORDERED),
     ],
 )
 def test_interpreted_products_of_many_rows(op, scheme, sizes, like):

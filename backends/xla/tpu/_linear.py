@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import emulated
 from .._rounding import STORED, rounded, scaled
-from . import _nibbles, _w8a8
+from . import _nibbles, _ordered, _w8a8
 from ._bytes import rounded_rows
 from ._chips import current, interpreter
 from ._numbers import LANES, carried, multiplied_as
@@ -71,8 +71,8 @@ def linear(
     options |= {"kind": kind, "blocks": blocks, "interpret": interpret}
     if by is _w8a8:
         y = _w8a8.product(x, values, scales, chip=chip, **options)
-    elif by is _nibbles:
-        y = _nibbles.product(x.astype(kind.dot), values, scales, row_scale=row_scale, **options)
+    elif by in (_nibbles, _ordered):
+        y = by.product(x.astype(kind.dot), values, scales, row_scale=row_scale, **options)
     else:
         options |= {"row_scale": row_scale, "x_scales": x_scales}
         y = product(x.astype(kind.dot), carried(values), scales, zeros, **options)
@@ -136,8 +136,12 @@ def _blocks(chip, kind, rows, size, features, zeros, given):
     if _nibbles.takes(chip, kind, rows, zeros):
         return _nibbles.choose(chip, **sizes), _nibbles
     blocks = choose(chip, **sizes, zeros=zeros)
-    rounding = None if zeros or given else _w8a8.choose(chip, blocks, kind=kind, features=features, size=size)
-    return (blocks, None) if rounding is None else (rounding, _w8a8)
+    if zeros or given:
+        return blocks, None
+    if (rounding := _w8a8.choose(chip, blocks, kind=kind, features=features, size=size)) is not None:
+        return rounding, _w8a8
+    ordering = _ordered.choose(chip, blocks, kind=kind, features=features)
+    return (blocks, None) if ordering is None else (ordering, _ordered)
 
 
 def _activated_bias(z, activation):

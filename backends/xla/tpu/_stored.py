@@ -101,13 +101,13 @@ def in_stored_order(x, interpret):
     height, width = divisor(rows, 256, tile_rows(x.dtype)), divisor(columns, 4096, 2 * LANES)
     specs = [pl.BlockSpec((height // n, width), lambda i, j: (i, j)) for n in (1, each)]
     return pl.pallas_call(
-        _part_lanes, grid=(rows // height, columns // width), in_specs=specs[:1], out_specs=specs[1],
+        part_lanes, grid=(rows // height, columns // width), in_specs=specs[:1], out_specs=specs[1],
         out_shape=jax.ShapeDtypeStruct((rows // each, columns), jnp.int32), name="stored_order", interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
     )(x)  # fmt: skip
 
 
-def _part_lanes(x, y):
+def part_lanes(x, y):
     """Whole words move, whatever numbers they hold: of many registers at a time, which share what is set for a move."""
     height, columns = y.shape
     for begins in (range(at, min(at + MOVED, columns), 2 * LANES) for at in range(0, columns, MOVED)):
