@@ -137,10 +137,6 @@ def expected(arrays, scales, new, lengths, left):
     return np.stack(out)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
-
-
 def product_like(like, op, scheme, sizes):
     """Parity of a product that is interpreted as it would run on a chip, in a shape that nobody else compiled."""
     from llmkernels import testing
@@ -158,3 +154,7 @@ def product_like(like, op, scheme, sizes):
     case = Case("a chip's", {"scheme": scheme, "bias": True, **sizes, features: unique})
     with mock.patch.object(linear, "current", return_value=chip), emulated("xla"):
         return testing.check(OPS[op].contract, "bfloat16", case, "xla")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

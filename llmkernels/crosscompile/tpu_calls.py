@@ -6,6 +6,7 @@ from typing import Any
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 128  # Llama 3 8B
 HIDDEN = 4096
+LARGE = ("v6e", "v7x")  # chips whose matrix unit is 256 wide: kernels of their own for some products of many rows
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Call:
     Args:
         arrays, options: name -> (shape, dtype), or a Python value; a weight is ('weight', scheme, out, in).
         kernel: the module that has the kernel, where it is not the op's own.
+        always: targets that have a kernel of their own for this call, which no other call reaches.
     """
 
     op: str
@@ -23,6 +25,7 @@ class Call:
     arrays: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     kernel: str = ""
+    always: tuple[str, ...] = ()
 
 
 def calls() -> Iterator[Call]:
@@ -33,13 +36,15 @@ def calls() -> Iterator[Call]:
     yield from _rows()
     yield from _adapters()
     yield from _steps()
+    yield product("w4a16", 512, LARGE)
 
 
 def chosen(targets: Sequence[str]) -> Iterator[tuple[Call, str]]:
-    """(call, target): the first call of each op for every target, the others for one target each, by turns."""
+    """(call, target): the first call of each op for every target, the others by turns for one, and for `always`."""
     seen: set[str] = set()
     for i, call in enumerate(calls()):
-        mine = targets if call.op not in seen else [targets[i % len(targets)]]
+        turn = [targets[i % len(targets)], *(name for name in call.always if name in targets)]
+        mine = targets if call.op not in seen else dict.fromkeys(turn)
         seen.add(call.op)
         yield from ((call, name) for name in mine)
 
@@ -103,10 +108,10 @@ def _steps() -> Iterator[Call]:
     yield attention("decode that writes, int8", stored="int8", k_scale=one, v_scale=one, writes=True, max_seqlen_q=1)
 
 
-def product(scheme: str, rows: int) -> Call:
+def product(scheme: str, rows: int, always: tuple[str, ...] = ()) -> Call:
     """A call of quantized_gemm."""
     arrays: dict[str, Any] = {"x": ((rows, HIDDEN), "bfloat16"), "weight": ("weight", scheme, HIDDEN, HIDDEN)}
-    return Call("quantized_gemm", f"{scheme}, {rows} rows", "bfloat16", arrays, {"bias": None})
+    return Call("quantized_gemm", f"{scheme}, {rows} rows", "bfloat16", arrays, {"bias": None}, always=always)
 
 
 def _products() -> Iterator[Call]:
@@ -123,7 +128,7 @@ def _products() -> Iterator[Call]:
     )
     for scheme in schemes:
         for rows in (8, 512):
-            yield product(scheme, rows)
+            yield product(scheme, rows, LARGE if (scheme, rows) == ("w8a8", 512) else ())
 
 
 def _layers() -> Iterator[Call]:
