@@ -7,8 +7,8 @@
 The same requests go to an engine with reuse and to one without, while BESIDE others decode in each of them:
 
     at once       CLIENTS prompts arrive in the same moment, and the next CLIENTS when these are answered.
-    at random, X  prompts arrive one by one at random (exponential gaps), so often that reading them would keep the
-                  engine without reuse busy a share X of the time.  They arrive at the same times in both.
+    at random, X  prompts arrive one by one at random (exponential gaps), X times as many a second as the engine
+                  without reuse answers when all of them wait.  They arrive at the same times in both.
 
 The time to the first token counts from the arrival, so what waits for others is in it.  Nothing is cached when a
 workload begins, and its first prompts are counted too.  Every page of the cache has been written before, as in a server
@@ -38,9 +38,9 @@ from llmkernels.bench import results
 from llmkernels.engine import LLM, SamplingParams
 from llmkernels.engine.output import Output
 
-CLIENTS, TURNS, WAVES = 16, 20, 8
+CLIENTS, TURNS, WAVES = 16, 20, 64
 BESIDE = 4  # sequences that decode all the time
-LOADS = (0.5, 0.8, 0.95)  # how busy the engine without reuse is with prompts that arrive at random
+LOADS = (0.5, 0.8, 0.95)  # of what the engine without reuse can bear
 WORKLOADS = ("chats", "shared_prompt", "long_prompt")
 CHAT_ANSWER, ANSWER = 24, 8  # tokens of an answer in a chat, and to a question behind a system prompt
 
@@ -96,11 +96,12 @@ class Busy:
 
 
 def questions() -> Iterator[str]:
-    """Different ones, without end in sight."""
-    pairs = [*permutations(COMMANDS, 2)]
-    random.Random(0).shuffle(pairs)
-    for one, other in pairs:
-        yield f"user: What does the {one} command do with the output of {other}?\nassistant:"
+    """1300 different ones."""
+    kinds = "What does the {} command do with the output of {}?", "What does {} do that the {} command cannot do?"
+    asked = [kind.format(*pair) for kind in kinds for pair in permutations(COMMANDS, 2)]
+    random.Random(0).shuffle(asked)
+    for ask in asked:
+        yield f"user: {ask}\nassistant:"
 
 
 def chats(llm: LLM, turns: int) -> list[list[Request]]:
@@ -129,7 +130,8 @@ def measure(on: LLM, off: LLM, waves: list[list[Request]], answer: int) -> dict[
             busy.serve(wave, [0.0] * len(wave), "warm-up")
     once = {name: [busy.serve(wave, [0.0] * len(wave), "once") for wave in waves] for name, busy in engines.items()}
     requests = [request for wave in waves for request in wave]
-    each = sum(max(seconds for seconds, *_ in rows) for rows in once["off"]) / len(requests)
+    waiting = engines["off"].serve(requests, [0.0] * len(requests), "waiting")
+    each = max(seconds for seconds, *_ in waiting) / len(requests)
     report = {"at_once": compared(*([*chain(*once[name])] for name in ("off", "on")))}
     for load in LOADS:
         draw = random.Random(0)

@@ -4,6 +4,7 @@ libtpu is no dependency, and must not be importable beside jax in every day's en
 whenever it starts.  So it lies in a folder of its own, which only the processes that compile know.
 """
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -65,6 +66,7 @@ def prepare(libtpu: str) -> None:
     """What a process does before it imports jax, to compile for TPUs and to have the schedules."""
     sys.path.insert(0, libtpu)
     folder = tempfile.mkdtemp(prefix="schedules-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["LIBTPU_INIT_ARGS"] = schedule.FLAGS.format(folder=folder)
     os.environ["SCHEDULES"] = folder
 
