@@ -23,6 +23,7 @@ from llmkernels.settings import use
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
+from llmkernels.backends.xla import _program  # noqa: E402
 from llmkernels.backends.xla import _torch as bridge  # noqa: E402
 
 from llmkernels import jax_api  # noqa: E402  imports jax
@@ -184,6 +185,16 @@ def test_few_programs_serve_many_shapes():
         llmkernels.rms_norm(torch.randn(rows, 40), weight, backend="xla")
     assert program.compiled._cache_size() - before == 6  # 1, 2, 4, 8, 16, 32
     assert [bridge.bucket(n) for n in (0, 1, 3, 200, 257, 600)] == [0, 1, 4, 256, 512, 768]
+
+
+def test_an_emulation_keeps_few_programs(monkeypatch):
+    """The whole conformance run in one process: LLVM found no memory after some 400 of them."""
+    monkeypatch.setattr(_program, "MOST_INTERPRETED", 2)
+    program = implementation("xla", "silu_and_mul").program
+    with discovery.emulated("xla"):
+        for width in (128, 256, 384, 512):
+            llmkernels.silu_and_mul(torch.randn(8, 2 * width), backend="xla")
+            assert program.compiled._cache_size() <= 2
 
 
 def test_donated_caches_are_written_in_place():

@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 from importlib import import_module, util
+from itertools import count
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from . import emulated
 from ._weight import Weight
 
 PALLAS, PLAIN, EITHER = "Pallas", "plain XLA", "Pallas on a TPU, plain XLA elsewhere"
+MOST_INTERPRETED = 100  # calls; each compiles 75 to 300 mappings of memory, and Linux gives a process 65530
 
 
 @cache
@@ -73,6 +75,8 @@ class Program:
 
     def __call__(self, *arrays, **options):
         which = chosen(self.op, *arrays, **options)
+        if emulated():
+            _make_room()
         named = {name: x for name, x in options.items() if isinstance(x, jax.Array | Weight)}
         fixed = tuple((n, tuple(x) if isinstance(x, list) else x) for n, x in options.items() if n not in named)
         return self.compiled(arrays, named, options=fixed, which=which)
@@ -83,6 +87,15 @@ class Program:
         if which == EITHER:
             return lax.platform_dependent(arrays, named, tpu=pallas, default=plain)
         return (pallas if which == PALLAS else plain)(arrays, named)
+
+
+_interpreted = count(1)
+
+
+def _make_room():
+    """Forget what was compiled, now and then: after some 400 interpreted programs LLVM finds no memory."""
+    if next(_interpreted) % MOST_INTERPRETED == 0:
+        jax.clear_caches()
 
 
 def _in_32_bits(run, *arrays, **options):
