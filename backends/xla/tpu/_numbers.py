@@ -64,12 +64,23 @@ def rows_of_pages(pages, dtype):
 def multiply(a, b, transposed=False):
     """a [m k] times b [k n], or times the transpose of b [n k].
 
-    float32 [m n], of factors that are not rounded; int32 where both are int8.
+    float32 [m n], of factors that are not rounded; int32 where both are int8.  Products of float32 are summed in short
+    runs, which is how a matrix unit cuts them anyway: a CPU adds up all k one after the other, and 256 lose a bit more.
     """
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     total = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
-    return lax.dot_general(a, b, contract, precision=exact, preferred_element_type=total)
+    if a.dtype != jnp.float32:
+        return lax.dot_general(a, b, contract, preferred_element_type=total)
+    k = a.shape[1]
+    run = LANES if k % LANES == 0 else LANES // 2
+    sums = [
+        lax.dot_general(
+            a[:, at : at + run], b[:, at : at + run] if transposed else b[at : at + run], contract,
+            precision=lax.Precision.HIGHEST, preferred_element_type=total,
+        )
+        for at in range(0, max(k, 1), run)
+    ]  # fmt: skip
+    return sum(sums[1:], sums[0])
 
 
 def cleared(values, kept):
