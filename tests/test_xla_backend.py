@@ -188,7 +188,7 @@ def test_few_programs_serve_many_shapes():
 
 
 def test_an_emulation_keeps_few_programs(monkeypatch):
-    """The whole conformance run in one process: LLVM found no memory after some 400 of them."""
+    """The whole conformance run in one process: LLVM found no memory after hundreds of them."""
     monkeypatch.setattr(_program, "MOST_INTERPRETED", 2)
     program = implementation("xla", "silu_and_mul").program
     with discovery.emulated("xla"):

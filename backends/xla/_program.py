@@ -93,7 +93,7 @@ _interpreted = count(1)
 
 
 def _make_room():
-    """Forget what was compiled, now and then: after some 400 interpreted programs LLVM finds no memory."""
+    """Forget what was compiled, now and then: after hundreds of interpreted programs LLVM finds no memory."""
     if next(_interpreted) % MOST_INTERPRETED == 0:
         jax.clear_caches()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of some 30 passes those that are read: written whole, a program is 100 to 300 MB, and compiles for twice as long.
+# The passes that are read: all of them are 100 to 300 MB for a program of attention, and take half of the time.
 _PASSES = "original|final_bundles|final_hlo-static-per-bundle-utilization"
 FLAGS = f"--xla_jf_dump_to={{folder}} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_PASSES}"
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2},?\s*)*:\s*(>*)\s*(.*)$")
