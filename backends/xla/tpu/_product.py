@@ -370,11 +370,9 @@ def choose(chip, *, rows, features, columns, kind, zeros):
             return CHUNK
         if at_once:
             return k
-        return (
-            min(k, max(2048, chip.longest))
-            if m <= FEW and not tight
-            else min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
-        )
+        if m <= FEW and not tight:
+            return min(k, max(2048, chip.longest))
+        return min(k, CHUNK if tight and kind.weight != "dense" else LONGEST)
 
     def vmem(k):
         made = (k if whole else run(k) * (2 if packed else 1)) * (1 if times else size)
@@ -392,8 +390,10 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     turn = n if chip.longest > LONGEST and not kind.group else max(width, n // 2)
     turn = width if zeros or (chip.longest > LONGEST and kind.group) else turn
     early = whole and not (large and before) and not (kind.group and kind.parts > 1 and chip.longest > LONGEST)
-    finishes = chip.longest == LONGEST
-    unpacked = UNPACKED // kind.parts if m > FEW else width if tight and packed else 0
+    finishes = chip.longest == LONGEST and not (large and kind.activation.startswith("gelu"))
+    unpacked = width if tight and packed else 0
+    if m > FEW:
+        unpacked = UNPACKED // (2 if kind.weight == "mxfp4" else kind.parts)
     return Blocks(
         m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, times, vmem(k),
         chip.vmem_limit,

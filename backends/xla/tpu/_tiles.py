@@ -148,11 +148,13 @@ def choose(chip, *, tokens, seqs, kv_heads, group, dim, v_dim, page_size, dtype,
     narrow = costly or needs_float32(dtype, stored) or bytes_to_float32
     unrolled = rows <= MOST_UNROLLED and not narrow
     wanted = LANES if narrow else chip.decode_keys if unrolled else PREFILL_KEYS
-    if unrolled and jnp.dtype(stored).itemsize == 1:
+    scores = SCORES * chip.registers
+    if unrolled and jnp.dtype(stored).itemsize == 1:  # bytes take registers on their way to what is multiplied
         wanted //= 2
+        scores //= 2 if chip.matrix == LANES else 1
     pages = max(1, min(wanted // page_size, chip.pages, chip.vmem_limit // 2 // (4 * page_bytes)))
     height = rows if unrolled else divisor(rows, max(unit, ROWS // 8 if narrow else ROWS), unit)
-    at_once = divisor(kv_heads, max(1, SCORES * chip.registers // (rows * pages * page_size)), 1) if unrolled else 1
+    at_once = divisor(kv_heads, max(1, scores // (rows * pages * page_size)), 1) if unrolled else 1
     keys = pages * page_size
     fewer = narrow and keys > chip.narrow_keys and page_size % chip.narrow_keys == 0
     row_bytes = (2 * LANES + lanes(v_dim)) * 4 + 2 * (lanes(dim) + lanes(v_dim)) * jnp.dtype(dtype).itemsize

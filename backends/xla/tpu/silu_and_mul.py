@@ -31,7 +31,8 @@ def run(x):
             g = wide(gate, at, columns)
             y[at, columns] = (g / (1.0 + jnp.exp(-g)) * wide(value, at, columns)).astype(y.dtype)
 
-        each(width, chunk_of(strip), store, costly=x.dtype == jnp.float16)
+        costly = x.dtype == jnp.float16  # its bits become float32 in many steps
+        each(width, chunk_of(strip) // (2 if costly else 1), store, costly=costly)
 
     rows = carried(x.reshape(-1, 2 * width))
     halves = [(rows, 0), (rows, 1)] if width % LANES == 0 else [rows[:, :width], rows[:, width:]]
