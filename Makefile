@@ -30,7 +30,7 @@ test: venv  ## style, types, and the tests: minutes
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-soak: venv  ## 32 clients on a server for five minutes: nothing lost, every answer what it would be alone
+soak: venv  ## 32 clients on a server for five minutes, then each answer alone, for ten: nothing lost, all the same
 	$(BIN)/python -m pytest -s -m slow tests/test_soak.py
 
 test-all: test  ## the same, then the slow ones

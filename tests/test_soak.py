@@ -47,6 +47,7 @@ def test_under_load_nothing_is_lost_and_nothing_changes(seconds, tmp_path):
     for bulky in ("cells", "tree", "requests"):
         del stats[bulky]
     print(f"{sum(map(len, finished.values()))} answers to {len(finished)} requests; {dict(done)}; {stats}")
+    print("now each of them alone, which takes minutes")
     sample = list(finished.items()) if seconds > 60 else list(finished.items())[::4]  # alone takes its time
     for request, answers in sample:
         expected = soak.alone(alone, json.loads(request))

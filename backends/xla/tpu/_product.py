@@ -390,10 +390,10 @@ def choose(chip, *, rows, features, columns, kind, zeros):
     turn = n if chip.longest > LONGEST and not kind.group else max(width, n // 2)
     turn = width if zeros or (chip.longest > LONGEST and kind.group) else turn
     early = whole and not (large and before) and not (kind.group and kind.parts > 1 and chip.longest > LONGEST)
-    finishes = chip.longest == LONGEST and not (large and kind.activation.startswith("gelu"))
+    finishes = chip.longest == LONGEST and not (large and kind.activation.startswith("gelu"))  # spills
     unpacked = width if tight and packed else 0
     if m > FEW:
-        unpacked = UNPACKED // (2 if kind.weight == "mxfp4" else kind.parts)
+        unpacked = UNPACKED // (2 if kind.weight == "mxfp4" else kind.parts)  # v6e spills for more of mxfp4
     return Blocks(
         m, n, k, height, width, run(k), not tight, unpacked, whole, turn, early, finishes, times, vmem(k),
         chip.vmem_limit,
