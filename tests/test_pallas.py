@@ -74,7 +74,10 @@ ORDERED = [
     *(("quantized_gemm", "w4a16", SOME | {"rows": 520, "x_special": kind}) for kind in ("NaN", "infinity")),
 ]
 
-
+SEPARATE = [  # on v6e sums of GELU end in a loop of their own, and MXFP4 is unpacked in short pieces
+    *(("norm_linear_activation", scheme, GATED | {"activation": "gelu_tanh"}) for scheme in ("w4a16_g128", "w8a16")),
+    ("quantized_gemm", "mxfp4", SOME),
+]
 FEW_ROWS = [
     ("quantized_gemm", "w4a16_g64", {"rows": 20, "out": 200, "in_": 640}),
     ("quantized_gemm", "w4a16", {"rows": 3, "out": 200, "in_": 4480}),
@@ -90,7 +93,7 @@ FEW_ROWS = [
     [
         *((like, *call) for like in ("v5e", "v7x") for call in MANY_ROWS),
         *(("v6e", *call) for call in MANY_ROWS if call[1] == "w8a8"),
-        *(("v6e", *call) for call in ORDERED),
+        *(("v6e", *call) for call in (*ORDERED, *SEPARATE)),
     ],
 )
 def test_interpreted_products_of_many_rows(op, scheme, sizes, like):
